@@ -1,0 +1,1 @@
+"""Slow, obvious oracles that share no code with the package."""

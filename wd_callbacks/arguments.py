@@ -1,0 +1,267 @@
+"""The arguments that every ``DecoupledWD`` shares, checked once, and their values at a step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, TypeAlias
+
+Group: TypeAlias = MutableMapping[str, Any]
+"""A param group: ``params``, usually ``lr``, and often a weight decay of its own."""
+
+Schedule: TypeAlias = Callable[[float], float]
+"""From training progress (0.0 at the first step, towards 1.0) to a coefficient."""
+
+SCALES = ("lr", "lr_ratio", "lr_squared", "none")
+WD_KEYS = ("weight_decay", "wd")  # torch's name and fastai's
+
+
+def wd_key(group: Group) -> str | None:
+    """The key under which ``group`` holds the optimizer's own weight decay, None if it has none."""
+    return next((key for key in WD_KEYS if key in group), None)
+
+
+def own_wd(group: Group) -> float:
+    """The optimizer's own weight decay of ``group``; 0.0 where it has none."""
+    key = wd_key(group)
+    return 0.0 if key is None else float(group[key])
+
+
+def index_dict_entry(wd: Any, index: int, indices: Sequence[int]) -> Any:
+    """The entry of ``wd`` for optimizer ``index`` where ``wd`` is a dict, else ``wd`` itself.
+
+    Raises:
+        ValueError: The keys of ``wd`` are not the ``indices`` of the optimizers that decay.
+    """
+    if not isinstance(wd, Mapping):
+        return wd
+    if sorted(wd) != sorted(indices):
+        raise ValueError(
+            f"wd has entries for the optimizers {sorted(wd)}, expected one for each of "
+            f"{sorted(indices)}"
+        )
+    return wd[index]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for, checked when built.
+
+    Attributes:
+        wd: A coefficient, a schedule, a sequence of either (one per param group), None (each
+            group's own weight decay) or a dict from optimizer index to any of these.
+        scale_by: How much of ``wd`` one step takes: ``"lr"``, ``"lr_ratio"``, ``"lr_squared"``,
+            ``"none"``, a callable from the param group to a number, or a sequence of these.
+        max_lr: The peak learning rate that the ratios refer to, a number or one per group.
+        quantum: Smallest shrink that is applied at once, in [0, 1); None for one that suits the
+            dtype.
+
+    Raises:
+        TypeError, ValueError: An argument makes no sense; the message names it.
+    """
+
+    wd: Any = None
+    scale_by: Any = "lr"
+    max_lr: Any = None
+    quantum: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before an optimizer is known."""
+        _check_wd("wd", self.wd)
+        _each("scale_by", self.scale_by, _check_scale)
+        if self.max_lr is not None:
+            _each("max_lr", self.max_lr, _check_peak)
+        if self.quantum is not None:
+            _check_number("quantum", self.quantum)
+            if self.quantum >= 1:
+                raise ValueError(f"quantum must be below 1, got {self.quantum!r}")
+
+    def of_optimizer(self, index: int, indices: Sequence[int]) -> Arguments:
+        """The same arguments with the entry for optimizer ``index`` where ``wd`` is a dict."""
+        return replace(self, wd=index_dict_entry(self.wd, index, indices))
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether any coefficient depends on training progress."""
+        wds = self.wd.values() if isinstance(self.wd, Mapping) else [self.wd]
+        return any(callable(value) for wd in wds for value in _as_sequence(wd))
+
+    @property
+    def spares_no_decay_groups(self) -> bool:
+        """Whether groups with a weight decay of 0 keep it: ``wd`` has one value for all groups."""
+        return self.wd is not None and not _is_sequence(self.wd)
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Checks the arguments against the groups of an optimizer.
+
+        Raises:
+            ValueError: A sequence has another length than ``groups``, a learning rate that is
+                needed is missing, or ``wd`` is None and no group has a weight decay.
+        """
+        for name in ("wd", "scale_by", "max_lr"):
+            value = getattr(self, name)
+            if _is_sequence(value) and len(value) != len(groups):
+                raise ValueError(
+                    f"{name} has {len(value)} values, but the optimizer has {len(groups)} param "
+                    f"groups: give one value per group, or a single one for all"
+                )
+        if self.wd is None and all(wd_key(group) is None for group in groups):
+            raise ValueError(
+                "wd=None takes each param group's own weight decay, but this optimizer has none: "
+                "give wd a number or a schedule"
+            )
+        for index, group in enumerate(groups):
+            scale = self.scale(index)
+            if isinstance(scale, str) and scale != "none" and "lr" not in group:
+                raise ValueError(
+                    f"scale_by={scale!r} needs a learning rate, but param group {index} has no "
+                    f"'lr': use scale_by='none' or a callable"
+                )
+
+    def scale(self, index: int) -> Any:
+        """The ``scale_by`` of param group ``index``."""
+        return self.scale_by[index] if _is_sequence(self.scale_by) else self.scale_by
+
+    def coefficient(self, index: int, group: Group, progress: float) -> float:
+        """The coefficient of param group ``index`` at ``progress`` in [0, 1].
+
+        Raises:
+            ValueError: It is negative, NaN or infinite.
+        """
+        wd = self.wd[index] if _is_sequence(self.wd) else self.wd
+        if wd is None:
+            value, source = own_wd(group), "its own weight decay"
+        elif callable(wd):
+            value, source = float(wd(progress)), f"the schedule {wd!r} at progress {progress:g}"
+        else:
+            return float(wd)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"param group {index}: {source} is {value}, expected a finite coefficient of at "
+                f"least 0"
+            )
+        return value
+
+    def peak(self, index: int, group: Group, known: float | None) -> float | None:
+        """The ``lr_max`` of param group ``index``; None where its ``scale_by`` needs none.
+
+        Args:
+            index: Which group it is.
+            group: The param group, which may tell.
+            known: A better source than the group, but not than the user.
+
+        Raises:
+            ValueError: It is not above 0.
+        """
+        if self.scale(index) not in ("lr_ratio", "lr_squared"):
+            return None
+        if self.max_lr is not None:
+            return float(self.max_lr[index] if _is_sequence(self.max_lr) else self.max_lr)
+        if known is None:
+            known = float(next(group[k] for k in ("max_lr", "initial_lr", "lr") if k in group))
+        if not (math.isfinite(known) and known > 0):
+            raise ValueError(
+                f"param group {index}: scale_by={self.scale(index)!r} divides by the peak learning "
+                f"rate, which seems to be {known}: give max_lr"
+            )
+        return known
+
+    def record(self) -> dict[str, Any]:
+        """The arguments as plain numbers, to tell by value whether a resumed run changed them."""
+        return {
+            "wd": _sampled(self.wd, _at_progress),
+            "scale_by": _sampled(self.scale_by, _at_probe),
+            "max_lr": _sampled(self.max_lr, _at_probe),
+            "quantum": self.quantum,
+        }
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _as_sequence(value: Any) -> Sequence[Any]:
+    return value if _is_sequence(value) else [value]
+
+
+def _each(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
+    """Checks ``value``, or each of its elements where it is a sequence."""
+    if not _is_sequence(value):
+        return check(name, value)
+    if len(value) == 0:
+        raise ValueError(f"{name} is an empty sequence, expected one value per param group")
+    for index, element in enumerate(value):
+        check(f"{name}[{index}]", element)
+    return None
+
+
+def _check_wd(name: str, wd: Any) -> None:
+    if isinstance(wd, Mapping):
+        if not wd:
+            raise ValueError(f"{name} is an empty dict, expected an entry per optimizer")
+        for key, value in wd.items():
+            if not isinstance(key, int) or isinstance(key, bool) or key < 0:
+                raise TypeError(f"{name} has the key {key!r}, expected the index of an optimizer")
+            if isinstance(value, Mapping):
+                raise TypeError(f"{name}[{key}] is a dict inside a dict")
+            _check_wd(f"{name}[{key}]", value)
+    elif wd is not None:
+        _each(name, wd, _check_coefficient)
+
+
+def _check_coefficient(name: str, value: Any) -> None:
+    if not callable(value):
+        _check_number(name, value, "a number or a schedule (a callable from progress)")
+
+
+def _check_number(name: str, value: Any, expected: str = "a number") -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def _check_peak(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be above 0: the learning rate is divided by it")
+
+
+def _check_scale(name: str, value: Any) -> None:
+    if callable(value):
+        return
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, SCALES))} or a callable from the param "
+            f"group to a number, got {value!r} ({type(value).__name__})"
+        )
+    if value not in SCALES:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, SCALES))}, got {value!r}")
+
+
+def _sampled(value: Any, sample: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    if _is_sequence(value):
+        return [_sampled(element, sample) for element in value]
+    if callable(value):
+        return sample(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _at_progress(schedule: Schedule) -> Any:
+    return _or_none(lambda: [float(schedule(step / 4)) for step in range(5)])
+
+
+def _at_probe(scale: Callable[[Any], Any]) -> Any:
+    """What ``scale`` makes of a group in which every value is 0.5."""
+    return _or_none(lambda: float(scale(defaultdict(lambda: 0.5))))
+
+
+def _or_none(sample: Callable[[], Any]) -> Any:
+    """The sample, or None where the user's callable has none to give: then it is not compared."""
+    try:
+        return sample()
+    except Exception:
+        return None

@@ -1,0 +1,412 @@
+"""The decay itself: how much each param group shrinks, what it still owes, and the multiplication.
+
+On every step each weight is multiplied by ``1 - shrink``, where ``shrink = scale * coefficient``:
+the coefficient is the ``wd`` in force, the scale is what ``scale_by`` makes of the learning rate
+(by default the learning rate itself, as in ``torch.optim.AdamW``).
+
+A ``Decay`` knows no framework and holds no optimizer: it is handed the param groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from wd_callbacks.arguments import Arguments, Group, own_wd, wd_key
+
+Groups: TypeAlias = Callable[[], Sequence[Group]]
+
+HALF_QUANTA = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
+QUANTUM = 2.0**-20
+
+_LENT = float("0")  # recognized by identity, so that a 0.0 set by someone else is left alone
+
+
+class Shrink(NamedTuple):
+    """What a step takes from the weights of a param group.
+
+    Numbers, or 0-dim tensors where only the device knows them.
+    """
+
+    amount: float | Tensor
+    factor: float | Tensor  # 1 - amount, in the arithmetic of the learning rate
+
+
+@dataclass
+class Cohort:
+    """Parameters of one group with the same device, dtype and tensor type that owe the same."""
+
+    kind: tuple[torch.device, torch.dtype, type]
+    params: list[Tensor]
+    quantum: float
+    owed: float  # -log of the factor that is still to be applied, so that it adds up
+
+    def charge(self, shrink: float, factor: float) -> float | None:
+        """The factor to apply now; None where the shrink only joins what is owed."""
+        if shrink >= self.quantum:
+            return factor
+        self.owed -= math.log1p(-shrink)
+        owed = -math.expm1(-self.owed)
+        if owed < self.quantum:
+            return None
+        # Half precision multiplies in float32. What the factor cannot represent stays owed.
+        grain = 2.0**-53 if self.kind[1] in (torch.float64, torch.complex128) else 2.0**-24
+        payment = math.floor(owed / grain) * grain
+        self.owed = max(0.0, self.owed + math.log1p(-payment))
+        return 1 - payment
+
+    def is_current(self) -> bool:
+        """Whether its first parameter has not moved to another device or dtype since."""
+        return self.kind == _kind(self.params[0])
+
+
+@dataclass
+class Account:
+    """What the parameters of one param group owe, in cohorts of those that had a gradient last."""
+
+    with_grad: list[Tensor] = field(default_factory=list)
+    cohorts: list[Cohort] = field(default_factory=list)
+    dormant: dict[Tensor, float] = field(default_factory=dict)
+
+    def is_current(self, with_grad: list[Tensor]) -> bool:
+        """Whether the cohorts still hold for the parameters that have a gradient now."""
+        return (
+            len(with_grad) == len(self.with_grad)
+            and all(map(operator.is_, with_grad, self.with_grad))
+            and all(cohort.is_current() for cohort in self.cohorts)
+        )
+
+    def owed(self) -> dict[Tensor, float]:
+        """What each parameter owes."""
+        return self.dormant | {p: cohort.owed for cohort in self.cohorts for p in cohort.params}
+
+
+class Decay:
+    """Decoupled weight decay of one optimizer: shrinks its groups and lends it a weight decay of 0.
+
+    Args:
+        arguments: What the user asked for.
+        peaks: The ``lr_max`` of the first param groups, where the caller knows better than they do.
+        decays: Whether a parameter decays; None for all.
+        warn: Where warnings go; each is said once.
+    """
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        *,
+        peaks: Sequence[float] = (),
+        decays: Callable[[Tensor], bool] | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.arguments = arguments
+        self.coefficients: list[float] = []
+        self.lr_max: list[float | None] = list(peaks)
+        self._decays = decays
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._no_decay: list[bool] = []
+        self._accounts: list[Account] = []
+        self._lent: list[tuple[Group, str, Any]] = []
+
+    # One step
+
+    def begin(
+        self,
+        groups: Groups,
+        progress: Callable[[], float],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found_inf: Tensor | None = None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Decays for the step that begins, and lends the optimizer a weight decay of 0.
+
+        With a closure the gradients are there only after its first evaluation: the decay follows
+        that. Inside every evaluation the groups hold what the user set.
+
+        Args:
+            groups: Gives the optimizer's param groups.
+            progress: Gives the training progress in [0, 1].
+            args: Positional arguments of ``optimizer.step``.
+            kwargs: Keyword arguments of ``optimizer.step``.
+            found_inf: 0-dim tensor, above 0 where the step will be skipped on the device.
+
+        Returns:
+            The arguments to step with: ``args`` and ``kwargs`` with the closure wrapped.
+        """
+        self.give_back()
+        closure = kwargs.get("closure", args[0] if args else None)
+        if not callable(closure):
+            self.apply(groups(), progress(), found_inf)
+        else:
+            evaluate = self._after(closure, groups, progress, found_inf)
+            if "closure" in kwargs:
+                kwargs = {**kwargs, "closure": evaluate}
+            else:
+                args = (evaluate, *args[1:])
+        self.lend(groups())
+        return args, kwargs
+
+    def _after(
+        self,
+        closure: Callable[..., Any],
+        groups: Groups,
+        progress: Callable[[], float],
+        found_inf: Tensor | None,
+    ) -> Callable[..., Any]:
+        """The closure, followed by the decay where it is the first evaluation of the step."""
+        due = True
+
+        @functools.wraps(closure)
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            nonlocal due
+            self.give_back()
+            result = closure(*args, **kwargs)
+            if due:
+                self.apply(groups(), progress(), found_inf)
+                due = False
+            self.lend(groups())
+            return result
+
+        return evaluate
+
+    def apply(
+        self, groups: Sequence[Group], progress: float, found_inf: Tensor | None = None
+    ) -> None:
+        """Multiplies every parameter that has a gradient by ``1 - shrink``, or lets it owe that.
+
+        Args:
+            groups: The optimizer's param groups.
+            progress: Training progress in [0, 1].
+            found_inf: 0-dim tensor, above 0 where nothing is to be decayed.
+
+        Raises:
+            ValueError: A coefficient or a shrink makes no sense. No weight has changed then.
+        """
+        self.meet(groups)
+        self.coefficients = [
+            0.0 if self._no_decay[index] else self.arguments.coefficient(index, group, progress)
+            for index, group in enumerate(groups)
+        ]
+        # All of them before the first weight is touched: any of them may be refused.
+        shrinks = list(map(self._shrink, itertools.count(), self.coefficients, groups))
+        for index, shrink in enumerate(shrinks):
+            if isinstance(shrink.amount, Tensor) or shrink.amount > 0:
+                _pay(self._cohorts(index, groups), shrink, found_inf)
+
+    def lend(self, groups: Sequence[Group]) -> None:
+        """Sets the weight decay of ``groups`` to 0 until ``give_back``."""
+        for group in groups:
+            key = wd_key(group)
+            if key is not None:
+                self._lent.append((group, key, group[key]))
+                group[key] = _LENT
+
+    def give_back(self) -> None:
+        """Restores what ``lend`` replaced, unless something else has been set since."""
+        for group, key, value in self._lent:
+            if group[key] is _LENT:
+                group[key] = value
+        self._lent.clear()
+
+    # How much
+
+    def meet(self, groups: Sequence[Group]) -> None:
+        """Checks param groups that are new and takes from them what is taken once.
+
+        Raises:
+            ValueError: The arguments do not fit the groups.
+        """
+        if len(groups) == len(self._accounts):
+            return
+        self.arguments.check_groups(groups)
+        del self._accounts[len(groups) :], self._no_decay[len(groups) :]
+        known = [*self.lr_max, *[None] * len(groups)]
+        self.lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
+        decaying = any(own_wd(group) for group in groups)
+        for index, group in enumerate(groups[len(self._accounts) :], len(self._accounts)):
+            no_decay = decaying and own_wd(group) == 0 and self.arguments.spares_no_decay_groups
+            if no_decay:
+                self._say(
+                    f"param group {index} has a weight decay of 0 while another's is not: it is "
+                    f"taken for a no-decay group and does not decay; give wd a sequence, one value "
+                    f"per group, to overrule"
+                )
+            self._no_decay.append(no_decay)
+            self._accounts.append(Account())
+
+    def _shrink(self, index: int, coefficient: float, group: Group) -> Shrink:
+        if coefficient == 0:
+            return Shrink(0.0, 1.0)
+        amount = self._scale(index, group) * coefficient
+        factor = 1 - amount
+        if isinstance(amount, Tensor):
+            if amount.device.type != "cpu":
+                return Shrink(amount, factor)
+            amount, factor = amount.item(), factor.item()
+        if not 0 <= amount < 1:
+            raise ValueError(
+                f"param group {index}: a step would shrink its weights by {amount:g}, expected at "
+                f"least 0 and below 1 (lr {group.get('lr')}, wd {coefficient:g}, scale_by "
+                f"{self.arguments.scale(index)!r})"
+            )
+        return Shrink(amount, factor)
+
+    def _scale(self, index: int, group: Group) -> Any:
+        """How much of the coefficient one step takes: a number or a 0-dim tensor."""
+        scale = self.arguments.scale(index)
+        if callable(scale):
+            return _scalar(scale(group))
+        if scale == "none":
+            return 1.0
+        lr, lr_max = _scalar(group["lr"]), self.lr_max[index]
+        if scale == "lr":
+            return lr
+        assert lr_max is not None
+        if isinstance(lr, float) and lr > lr_max:
+            self._say(
+                f"param group {index}: lr / lr_max exceeds 1 (lr {lr:g}, lr_max {lr_max:g}), so a "
+                f"step takes more than scale_by={scale!r} means it to: give max_lr"
+            )
+        return lr / lr_max if scale == "lr_ratio" else lr * lr / lr_max
+
+    # Who pays
+
+    def _cohorts(self, index: int, groups: Sequence[Group]) -> list[Cohort]:
+        """The parameters of group ``index`` that the optimizer is about to update."""
+        account = self._accounts[index]
+        with_grad = [p for p in groups[index]["params"] if p.grad is not None]
+        if not account.is_current(with_grad):
+            elsewhere = {id(p) for group in groups[:index] for p in group["params"]}
+            account = self._accounts[index] = self._reopened(account, with_grad, elsewhere)
+        return account.cohorts
+
+    def _reopened(self, account: Account, with_grad: list[Tensor], elsewhere: set[int]) -> Account:
+        """A new account for the parameters ``with_grad``, with the debts of the old one."""
+        owed = account.owed()
+        cohorts: dict[Any, Cohort] = {}
+        for p in dict.fromkeys(with_grad):
+            if id(p) in elsewhere or not (self._decays is None or self._decays(p)):
+                continue
+            assert p.grad is not None
+            if p.grad.layout != torch.strided:
+                self._say(
+                    "a parameter has a sparse gradient: the whole tensor decays, not only the rows "
+                    "that the gradient touches"
+                )
+            kind, debt = _kind(p), owed.pop(p, 0.0)
+            quantum = self.arguments.quantum
+            if quantum is None:
+                quantum = HALF_QUANTA.get(p.dtype, QUANTUM)
+            cohort = cohorts.setdefault((kind, debt), Cohort(kind, [], quantum, debt))
+            cohort.params.append(p)
+        return Account(with_grad, list(cohorts.values()), {p: o for p, o in owed.items() if o})
+
+    # State
+
+    def state_dict(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """What is owed and what was taken once, as plain numbers, with the arguments they serve."""
+        owed = [account.owed() for account in self._accounts]
+        return {
+            "arguments": self.arguments.record(),
+            "lr_max": list(self.lr_max),
+            "owed": [[debts.get(p, 0.0) for p in g["params"]] for debts, g in zip(owed, groups)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[Group]) -> None:
+        """Takes up what ``state_dict`` gave; arguments that have changed since win, with a warning.
+
+        Raises:
+            ValueError: The state is that of other param groups.
+        """
+        sizes, expected = (
+            [len(g["params"]) for g in groups],
+            [len(debts) for debts in state["owed"]],
+        )
+        if expected and sizes != expected:
+            raise ValueError(
+                f"the state is of param groups with {expected} parameters, the optimizer's have "
+                f"{sizes}"
+            )
+        self.tell_changes(state["arguments"], self.arguments.record())
+        self._accounts.clear()
+        self._no_decay.clear()
+        if self.arguments.max_lr is None:
+            self.lr_max = list(state["lr_max"])
+        self.meet(groups)
+        for account, group, debts in zip(self._accounts, groups, state["owed"]):
+            account.dormant = {p: debt for p, debt in zip(group["params"], debts) if debt}
+
+    def tell_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Warns of every entry of ``old`` that differs in ``new``."""
+        for name, value in old.items():
+            if value != new.get(name):
+                self._say(f"{name} was {value} in the saved run and is {new.get(name)} in this one")
+
+    def _say(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            self._warn(message)
+
+
+def _kind(p: Tensor) -> tuple[torch.device, torch.dtype, type]:
+    return p.device, p.dtype, type(p.data)
+
+
+def _scalar(value: Any) -> Any:
+    """A float, or a 0-dim tensor: some optimizers keep their learning rate on the device."""
+    return value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+
+
+def _pay(cohorts: Sequence[Cohort], shrink: Shrink, found_inf: Tensor | None) -> None:
+    """Multiplies the parameters of a group by what is due now, in one call per kind."""
+    if found_inf is not None or isinstance(shrink.amount, Tensor):
+        for cohort in cohorts:
+            _multiply_on_device(cohort, shrink, found_inf)
+        return
+    due: dict[Any, list[tuple[list[Tensor], float]]] = {}
+    for cohort in cohorts:
+        factor = cohort.charge(shrink.amount, cast(float, shrink.factor))
+        if factor is not None:
+            due.setdefault(cohort.kind, []).append((cohort.params, factor))
+    for payments in due.values():
+        params = [p for params, _ in payments for p in params]
+        factors = [factor for params, factor in payments for _ in params]
+        _multiply(params, factors if len(payments) > 1 else factors[0])
+
+
+def _multiply(params: list[Tensor], factor: float | list[float]) -> None:
+    """The multiplication: ``p <- p * factor``, unseen by autograd's version counters."""
+    torch._foreach_mul_([p.data for p in params], factor)
+
+
+def _multiply_on_device(cohort: Cohort, shrink: Shrink, found_inf: Tensor | None) -> None:
+    """The multiplication where only the device knows the shrink, or whether the step will happen.
+
+    In half precision a tensor factor would be rounded to eight or eleven bits before it is used, so
+    there ``p - p * amount`` is computed, in which only the amount is.
+    """
+    device, dtype, _ = cohort.kind
+    half = dtype in HALF_QUANTA
+    value = shrink.amount if half else shrink.factor
+    if isinstance(value, Tensor):
+        value = value.to(device, non_blocking=True)
+    else:
+        value = torch.full((), value, device=device, dtype=dtype.to_real())
+    if found_inf is not None:
+        skipped = found_inf.reshape(()).to(device, non_blocking=True) > 0
+        value = torch.where(skipped, 0.0 if half else 1.0, value)
+    weights = [p.data for p in cohort.params]
+    if half:
+        torch._foreach_addcmul_(weights, weights, [value.to(dtype)] * len(weights), value=-1)
+    else:
+        torch._foreach_mul_(weights, value)

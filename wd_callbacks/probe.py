@@ -1,0 +1,122 @@
+"""Whether decay from outside reaches the weights of an optimizer: by a look and a trial step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import OrderedDict, defaultdict
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from wd_callbacks.arguments import WD_KEYS
+
+
+def check_hooks(optimizer: Optimizer) -> None:
+    """Refuses what torch's step hooks do not reach.
+
+    Raises:
+        TypeError: It is no ``torch.optim.Optimizer``.
+        ValueError: Its ``step`` never runs hooks.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} never runs torch's step hooks, as it does not call "
+            f"torch.optim.Optimizer.__init__: attach the decay to {_inner(optimizer)}"
+        )
+
+
+def check_weights(optimizer: Optimizer) -> None:
+    """Refuses an optimizer on which decay from outside would be lost or wrong.
+
+    Raises:
+        ValueError: It puts back decayed weights, or averages them with others.
+    """
+    if _undoes_decay(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} undoes a decay right before its update: it puts back "
+            f"earlier weights (as SAM does) or averages with a second copy that the decay does not "
+            f"reach (as schedule-free optimizers do). Use its own weight decay, or attach the "
+            f"decay to {_inner(optimizer)}"
+        )
+
+
+def _inner(optimizer: Optimizer) -> str:
+    """What to attach the decay to instead of a wrapper, for a message."""
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            return f"its {attribute!r}"
+    return "the optimizer that it wraps, if it wraps one"
+
+
+def _undoes_decay(optimizer: Optimizer) -> bool:
+    """Whether weights that are halved right before an update without gradient come back.
+
+    Tried on a miniature of the optimizer. Where that cannot be built or cannot step, nothing is
+    held against the optimizer.
+    """
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            twin = _miniature(optimizer, {})
+            # A first step lets it set up its state, a last one shows what it averages with.
+            for factor in (1.0, 0.5, 1.0):
+                _step(twin, factor)
+            return any(bool((p > 0.6).any()) for p in _weights(twin))
+    except Exception:
+        return False
+
+
+def _miniature(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """A copy without state and hooks that has one tiny weight per param group, all ones."""
+    twin: Optimizer = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    memo[id(optimizer.state)] = defaultdict(dict)
+    for group in optimizer.param_groups:
+        if id(group["params"]) not in memo:
+            tiny = torch.nn.Parameter(torch.ones((2,) * group["params"][0].ndim))
+            memo |= {id(p): tiny for p in group["params"]} | {id(group["params"]): [tiny]}
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and id(value) not in memo:
+            _miniature(value, memo)
+        if isinstance(value, FunctionType) and value.__closure__:
+            raise TypeError("a closure may hold the real weights")
+    for name, value in vars(optimizer).items():
+        if name != "step":  # learning rate schedulers put a function of the real optimizer there
+            hooks = name.endswith("_hooks")
+            vars(twin)[name] = OrderedDict() if hooks else copy.deepcopy(value, memo)
+    for group in twin.param_groups:
+        group.update({key: 0.0 for key in WD_KEYS if key in group})
+    if hasattr(twin, "train"):
+        twin.train()
+    return twin
+
+
+def _weights(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _step(twin: Optimizer, factor: float) -> None:
+    """A step of which the first evaluation of the closure ends with a decay by ``factor``."""
+    factors = [factor]
+
+    def closure() -> torch.Tensor:
+        for p in _weights(twin):
+            p.grad = torch.zeros_like(p)
+            p.data.mul_(factors[0] if factors else 1.0)
+        factors.clear()
+        return torch.zeros(())
+
+    step = type(twin).step.__wrapped__  # type: ignore[attr-defined]  # without hooks for all optimizers
+    if "closure" in inspect.signature(step).parameters:
+        step(twin, closure=closure)
+    else:
+        closure()
+        step(twin)

@@ -1,0 +1,234 @@
+"""Decoupled weight decay in a plain PyTorch loop, or any other that steps a torch optimizer."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wd_callbacks import probe
+from wd_callbacks.arguments import Arguments, Group
+from wd_callbacks.decay import Decay
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
+
+
+class DecoupledWD:
+    """Decays the weights of ``optimizer`` at its every step, from when it is built to ``detach``.
+
+    On every step each weight with a gradient is multiplied by ``1 - lr * wd`` right before its
+    update, and the optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
+    https://arxiv.org/abs/1711.05101, Algorithm 2). Adam with it is ``torch.optim.AdamW`` to the
+    bit. Outside ``optimizer.step`` the param groups hold what they held.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``, also wrapped by Lightning, Fabric or Accelerate.
+        wd: The coefficient, at least 0: a number for every param group; a schedule, that is a
+            callable from training progress (0.0 at the first step, towards 1.0) to a coefficient; a
+            sequence of either, one per param group; None for each group's own weight decay, read
+            afresh at every step. With a single number or schedule, a group whose own weight decay
+            is 0 while another's is not does not decay.
+        scale_by: How much of ``wd`` one step takes: ``"lr"``: ``lr * wd``. ``"lr_ratio"``:
+            ``lr / lr_max * wd``. ``"lr_squared"``: ``lr**2 / lr_max * wd``. ``"none"``: ``wd``. Or
+            a callable from the param group to the number that replaces ``lr``, or a sequence of
+            these, one per group.
+        max_lr: ``lr_max`` of the above, above 0, a number or one per group. None: the group's
+            ``max_lr``, else its ``initial_lr``, else its ``lr``, when the first step is made.
+        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
+            they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step,
+            however small.
+        total_steps: Number of calls of ``optimizer.step`` in the run, for a schedule.
+        progress: Gives the training progress in [0, 1], for loops that know it better than by the
+            number of steps.
+
+    Raises:
+        TypeError, ValueError: An argument makes no sense, does not fit the optimizer, or the
+            optimizer cannot be decayed from outside. Later, from ``optimizer.step`` and before a
+            weight has changed: a coefficient is negative, NaN or infinite, or a shrink 1 or more.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> decay = DecoupledWD(optimizer, 0.5)
+        >>> weight.grad = torch.zeros(2)
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9500, 0.9500])
+    """
+
+    _warn: Callable[[str], None] = staticmethod(warnings.warn)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        wd: Any = None,
+        *,
+        scale_by: Any = "lr",
+        max_lr: float | Sequence[float] | None = None,
+        quantum: float | None = None,
+        total_steps: int | None = None,
+        progress: Callable[[], float] | None = None,
+    ) -> None:
+        self.optimizer = unwrapped(optimizer)
+        probe.check_hooks(self.optimizer)
+        check_undecayed(self.optimizer)
+        probe.check_weights(self.optimizer)
+        if total_steps is not None and (isinstance(total_steps, bool) or int(total_steps) < 1):
+            raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
+        arguments = Arguments(wd, scale_by, max_lr, quantum).of_optimizer(0, [0])
+        if arguments.scheduled and total_steps is None and progress is None:
+            raise ValueError(
+                "wd is a schedule, which needs the length of the run: give total_steps, or progress"
+            )
+        self.total_steps = total_steps
+        self.progress = progress
+        self.steps = 0
+        self._decay = Decay(arguments, warn=self._warn)
+        arguments.check_groups(self._groups())
+        self._frame: FrameType | None = None
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The coefficient of each param group at the last step."""
+        return self._decay.coefficients
+
+    def detach(self) -> None:
+        """Takes the decay off the optimizer, which is left as the user configured it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._end_step()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _attach(self) -> None:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_state_dict_pre_hook(self._before_state_dict),
+        ]
+
+    # Events of the optimizer, in firing order
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _is_running(self._frame):
+            return None  # `step` called `super().step()`
+        self._frame = sys._getframe(1)
+        found_inf = getattr(optimizer, "found_inf", None)
+        args, kwargs = self._decay.begin(
+            self._groups,
+            self._position,
+            args[1:],
+            kwargs,
+            found_inf if isinstance(found_inf, Tensor) else None,
+        )
+        return (optimizer, *args), kwargs
+
+    def _after_step(self, *_: object) -> None:
+        if sys._getframe(1) is self._frame:
+            self._end_step()
+
+    def _before_state_dict(self, _: Optimizer) -> None:
+        if not _is_running(self._frame):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._frame = None
+        self._decay.give_back()
+
+    def _groups(self) -> list[Group]:
+        return list(self.optimizer.param_groups)
+
+    def _position(self) -> float:
+        """Training progress at the step that is being made, and on to the next."""
+        done = self.steps
+        self.steps += 1
+        if self.progress is not None:
+            position = float(self.progress())
+            if not math.isfinite(position):
+                raise ValueError(f"progress() gave {position}, expected a number in [0, 1]")
+            return min(max(position, 0.0), 1.0)
+        return 0.0 if self.total_steps is None else min(done / self.total_steps, 1.0)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the schedule, what is owed and ``lr_max``, as plain numbers.
+
+        Loadable with ``torch.load(..., weights_only=True)``.
+        """
+        return {
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            **self._decay.state_dict(self._groups()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where ``state_dict`` was called. Load the optimizer's state first.
+
+        The arguments that this object was built with stay in force; a warning tells those that
+        differ from the saved ones.
+
+        Raises:
+            ValueError: The state is that of other param groups.
+        """
+        self._decay.load_state_dict(state, self._groups())
+        self._decay.tell_changes(
+            {"total_steps": state["total_steps"]}, {"total_steps": self.total_steps}
+        )
+        self.steps = state["steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies decay the copied optimizer, pickles the unpickled one."""
+        self._before_state_dict(self.optimizer)
+        return {**vars(self), "_frame": None, "_handles": [], "_attached": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
+        vars(self).update(state)
+        if attached:
+            self._attach()
+
+
+def check_undecayed(optimizer: Optimizer) -> None:
+    """Raises ValueError where a DecoupledWD is attached to ``optimizer``."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), DecoupledWD) for hook in hooks):
+        raise ValueError(
+            f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "
+            f"decay twice: detach the other one first"
+        )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
+    while any(cls.__name__ in WRAPPERS for cls in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is on the call stack: a step that raised is not, and has no end."""
+    caller = sys._getframe(1) if frame is not None else None
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
