@@ -125,25 +125,18 @@ class Arguments:
         """The ``scale_by`` of param group ``index``."""
         return self.scale_by[index] if _is_sequence(self.scale_by) else self.scale_by
 
-    def coefficient(self, index: int, group: Group, progress: float) -> float:
-        """The coefficient of param group ``index`` at ``progress`` in [0, 1].
+    def coefficients(self, groups: Sequence[Group], progress: float) -> list[float]:
+        """The coefficient of each param group at ``progress`` in [0, 1].
 
         Raises:
-            ValueError: It is negative, NaN or infinite.
+            ValueError: One is negative, NaN or infinite.
         """
-        wd = self.wd[index] if _is_sequence(self.wd) else self.wd
-        if wd is None:
-            value, source = own_wd(group), "its own weight decay"
-        elif callable(wd):
-            value, source = float(wd(progress)), f"the schedule {wd!r} at progress {progress:g}"
-        else:
-            return float(wd)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"param group {index}: {source} is {value}, expected a finite coefficient of at "
-                f"least 0"
-            )
-        return value
+        if self.wd is None:
+            own = list(map(own_wd, groups))
+            return [_checked(wd, f"the weight decay of group {i}") for i, wd in enumerate(own)]
+        if not _is_sequence(self.wd):
+            return [_at(self.wd, progress, "wd")] * len(groups)
+        return [_at(wd, progress, f"wd[{index}]") for index, wd in enumerate(self.wd)]
 
     def peak(self, index: int, group: Group, known: float | None) -> float | None:
         """The ``lr_max`` of param group ``index``; None where its ``scale_by`` needs none.
@@ -177,6 +170,19 @@ class Arguments:
             "max_lr": _sampled(self.max_lr, _at_probe),
             "quantum": self.quantum,
         }
+
+
+def _at(wd: Any, progress: float, name: str) -> float:
+    """The coefficient that ``wd``, a number or a schedule, gives at ``progress``."""
+    if not callable(wd):
+        return float(wd)
+    return _checked(float(wd(progress)), f"the schedule {name} = {wd!r} at progress {progress:g}")
+
+
+def _checked(coefficient: float, source: str) -> float:
+    if not (math.isfinite(coefficient) and coefficient >= 0):
+        raise ValueError(f"{source} is {coefficient}, expected a finite coefficient of at least 0")
+    return coefficient
 
 
 def _is_sequence(value: Any) -> bool:

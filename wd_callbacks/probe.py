@@ -66,10 +66,11 @@ def _undoes_decay(optimizer: Optimizer) -> bool:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             twin = _miniature(optimizer, {})
-            # A first step lets it set up its state, a last one shows what it averages with.
-            for factor in (1.0, 0.5, 1.0):
+            # The first step sets up its state; the last ones bring out what it averages with, also
+            # after a warmup. Lookahead goes half the way back, which is its right.
+            for factor in (1.0, 0.5, *[1.0] * 18):
                 _step(twin, factor)
-            return any(bool((p > 0.6).any()) for p in _weights(twin))
+            return any(bool((p > 0.8).any()) for p in _weights(twin))
     except Exception:
         return False
 
@@ -117,6 +118,6 @@ def _step(twin: Optimizer, factor: float) -> None:
     step = type(twin).step.__wrapped__  # type: ignore[attr-defined]  # without hooks for all optimizers
     if "closure" in inspect.signature(step).parameters:
         step(twin, closure=closure)
-    else:
+    if factors:  # it takes no closure, or makes nothing of it
         closure()
         step(twin)

@@ -84,8 +84,12 @@ class DecoupledWD:
         probe.check_hooks(self.optimizer)
         check_undecayed(self.optimizer)
         probe.check_weights(self.optimizer)
-        if total_steps is not None and (isinstance(total_steps, bool) or int(total_steps) < 1):
-            raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
+        if total_steps is not None and not (type(total_steps) is int and total_steps >= 1):
+            raise ValueError(
+                f"total_steps must be a whole number of at least 1, got {total_steps!r}"
+            )
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a callable without arguments, got {progress!r}")
         arguments = Arguments(wd, scale_by, max_lr, quantum).of_optimizer(0, [0])
         if arguments.scheduled and total_steps is None and progress is None:
             raise ValueError(
