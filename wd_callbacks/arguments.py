@@ -168,7 +168,7 @@ class Arguments:
             "wd": _sampled(self.wd, _at_progress),
             "scale_by": _sampled(self.scale_by, _at_probe),
             "max_lr": _sampled(self.max_lr, _at_probe),
-            "quantum": self.quantum,
+            "quantum": _sampled(self.quantum, _at_probe),
         }
 
 

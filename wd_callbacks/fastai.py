@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ try:
     from fastai.callback.core import Callback
     from fastai.callback.schedule import ParamScheduler
     from fastai.optimizer import OptimWrapper
+    from scipy.optimize import minimize_scalar
 except ImportError as error:
     raise ImportError(
         "wd_callbacks.fastai needs fastai: pip install 'wd_callbacks[fastai]'"
@@ -94,11 +95,12 @@ class DecoupledWD(Callback):  # type: ignore[misc]
 
     def before_step(self) -> None:
         """Have the optimizer decay when it steps, which another callback may still cancel."""
-        self.opt.step = partial(self._decayed_step, self.opt)
+        _Step.remove(self.opt)
+        self.opt.step = _Step(self.opt, self._decayed_step)
 
     def after_step(self) -> None:
         """Note how many batches are done, also where the step was cancelled."""
-        self.opt.__dict__.pop("step", None)
+        _Step.remove(self.opt)
         self._done = self._epoch * self._n_iter + self.iter + 1
 
     def after_fit(self) -> None:
@@ -125,14 +127,23 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         ]
         if not scheds:
             return []
-        lrs = np.array([np.asarray(scheds[-1](i / 1000), float) for i in range(1001)]).max(axis=0)
-        return np.broadcast_to(lrs, len(self.opt.hypers)).tolist()
+
+        def lrs(progress: float) -> Any:
+            return np.broadcast_to(scheds[-1](progress), len(self.opt.hypers)).astype(float)
+
+        grid = np.linspace(0, 1, 1001)
+        sampled = np.array([lrs(progress) for progress in grid])
+        peaks = sampled.max(axis=0)
+        for group, top in enumerate(grid[sampled.argmax(axis=0)]):  # between the samples, its top
+            around = max(top - 1e-3, 0), min(top + 1e-3, 1)
+            found = minimize_scalar(lambda x, i=group: -lrs(x)[i], bounds=around, method="bounded")
+            peaks[group] = max(peaks[group], -found.fun)
+        return peaks.tolist()
 
     def _decays(self, p: torch.Tensor) -> bool:
         return bool(self.opt.state[p].get("do_wd", True)) if p in self.opt.state else True
 
     def _decayed_step(self, opt: Any, *args: Any, **kwargs: Any) -> Any:
-        del opt.step
         if self.learn is None or self._decay is None:  # left behind by a fit that was interrupted
             return opt.step(*args, **kwargs)
         args, kwargs = self._decay.begin(partial(_groups, opt), self._progress, args, kwargs)
@@ -147,6 +158,39 @@ class DecoupledWD(Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
         return {**vars(self), "_decay": None, "_fits": 0}
+
+
+class _Step:
+    """What stands in for `opt.step` for one call; copies of `opt` step without it."""
+
+    def __init__(self, opt: Any, decayed: Callable[..., Any]) -> None:
+        self.opt, self.decayed, self.replaced = opt, decayed, vars(opt).get("step")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.remove(self.opt)
+        return self.decayed(self.opt, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return (
+            (_Step, (self.opt, _undecayed)) if self.replaced is None else (_same, (self.replaced,))
+        )
+
+    @staticmethod
+    def remove(opt: Any) -> None:
+        """Give `opt` back the step that it had, its class's or one of its own."""
+        step = vars(opt).get("step")
+        if isinstance(step, _Step):
+            del opt.step
+            if step.replaced is not None:
+                opt.step = step.replaced
+
+
+def _undecayed(opt: Any, *args: Any, **kwargs: Any) -> Any:
+    return opt.step(*args, **kwargs)
+
+
+def _same(step: Any) -> Any:
+    return step
 
 
 def _groups(opt: Any) -> list[Group]:

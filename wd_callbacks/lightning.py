@@ -106,13 +106,15 @@ class _Attached(plain.DecoupledWD):
             quantum=arguments.quantum,
             progress=self._fraction,
         )
+
+    def _attach(self) -> None:
         self._decay.meet(self._groups())  # lr_max is the one with which training starts
+        super()._attach()
 
     def attempt(self) -> None:
         """Notes an attempt to step. Those in one batch share its position."""
         done = self.run.start if self.done is None else self.done
-        assert done is not None
-        if done <= self.run.batch:
+        if done is not None and done <= self.run.batch:
             self.position, self.done = done, self.run.batch + 1
 
     def _fraction(self) -> float:
@@ -202,12 +204,13 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         return str(self._generate_state_key(optimizers=self.optimizers))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Notes the length of the run before StochasticWeightAveraging adds an idle epoch."""
-        self._max_epochs = trainer.max_epochs
+        """Starts afresh, and notes the length before StochasticWeightAveraging adds to it."""
+        if stage == "fit":
+            self._max_epochs = trainer.max_epochs
+            self._attached, self._loaded = {}, {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attaches to the optimizers, whose state and learning rates are final now."""
-        self.detach()
         count = len(trainer.optimizers)
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
@@ -220,15 +223,11 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
                 "max_steps"
             )
         self._run = run
-        self._attached = {
-            index: _Attached(
-                trainer.optimizers[index], self.arguments.of_optimizer(index, list(indices)), run
-            )
-            for index in indices
-        }
-        for index, state in self._loaded.items():
-            if index in self._attached:
-                self._attached[index].load_state_dict(state)
+        for index in indices:
+            arguments = self.arguments.of_optimizer(index, list(indices))
+            self._attached[index] = _Attached(trainer.optimizers[index], arguments, run)
+            if index in self._loaded:
+                self._attached[index].load_state_dict(self._loaded[index])
         self._loaded = {}
 
     def on_train_batch_start(
@@ -273,10 +272,10 @@ def _indices(optimizers: Any) -> tuple[int, ...] | None:
     """The indices as a tuple, so that ``0`` and ``[0]`` name the same state."""
     if optimizers is None:
         return None
-    indices = (optimizers,) if isinstance(optimizers, int) else tuple(optimizers)
-    if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+    indices = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
+    if not indices or not all(type(index) is int and index >= 0 for index in indices):
         raise ValueError(
-            f"optimizers must be an index or several, each an integer of at least 0, got "
+            f"optimizers must be an index or several, each a whole number of at least 0, got "
             f"{optimizers!r}"
         )
     if len(set(indices)) != len(indices):
