@@ -28,11 +28,11 @@ HEADINGS = (
     "dtype",
     "lr*wd",
     "steps",
-    "due, %",
-    "AdamW, %",
+    "due %",
+    "AdamW %",
     "of due",
-    "DecoupledWD, %",
-    "still owed, %",
+    "DecoupledWD %",
+    "still owed %",
     "of due less owed",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,7 @@ CASES = (
     Case("fp32", 1e-8, 20_000),
     Case("fp32", 3e-8, 20_000),
     Case("fp32", 1e-7, 20_000),
-    Case("fp32", 9.84e-7, 10_000),  # 16.5 units of the last place of 1 - shrink: rounds worst
+    Case("fp32", 9.84e-7, 10_000),  # 16.5 times 2**-24, the grain of fp32 below 1: rounds worst
     Case("fp32", 1e-6, 10_000),
     Case("fp32", 1e-5, 4_000),
     Case("fp32", 1e-4, 400),
@@ -90,7 +90,7 @@ def row(case: Case) -> tuple[str, ...]:
     less_owed = 1 - (1 - due) / (1 - owed)
     return (
         case.dtype,
-        f"{case.shrink:.3g}",
+        f"{case.shrink:.3g}".replace("0.0001", "1e-04").replace("e-0", "e-"),
         f"{case.steps:,}",
         f"{100 * due:.4g}",
         f"{100 * adamw:.4g}",
@@ -112,7 +112,7 @@ def main() -> None:
         for cells in (HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows):
             print(f"| {' | '.join(cells)} |")
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for name in HEADINGS:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for cells in rows:

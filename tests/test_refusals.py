@@ -57,7 +57,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS, ids=str)
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
 def test_arguments(arguments, error, message):  # P10
     optimizer = two_groups()
     with pytest.raises(error, match=message):
@@ -82,7 +82,7 @@ AT_A_STEP = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "group", "message"), AT_A_STEP, ids=str)
+@pytest.mark.parametrize(("arguments", "group", "message"), AT_A_STEP)
 def test_values_at_a_step(arguments, group, message):  # P10
     optimizer = two_groups()
     optimizer.param_groups[1].update(group)

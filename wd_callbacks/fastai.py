@@ -186,10 +186,12 @@ class _Step:
 
 
 def _undecayed(opt: Any, *args: Any, **kwargs: Any) -> Any:
+    """The step of a copy."""
     return opt.step(*args, **kwargs)
 
 
 def _same(step: Any) -> Any:
+    """What a copy gets back of a step that was replaced."""
     return step
 
 

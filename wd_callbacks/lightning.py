@@ -264,8 +264,9 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         self._attached, self._loaded = {}, state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take the arguments along, not the run."""
-        return {**vars(self), "_attached": {}, "_run": None}
+        """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
+        own = {"arguments": self.arguments, "optimizers": self.optimizers}
+        return {**own, "_attached": {}, "_loaded": {}}
 
 
 def _indices(optimizers: Any) -> tuple[int, ...] | None:
