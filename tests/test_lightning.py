@@ -237,7 +237,7 @@ def test_sgd_equals_the_hand_written_loop(package, manual):  # P1, P4
 def test_without_wd_each_group_s_own_decays_and_may_be_changed(package, manual):  # P3, P4
     class Changes(package.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.05 * batch_idx
+            trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.05 * (batch_idx + 1)
 
     groups = {"weight_decay": 0.2}
     ours, theirs = (
@@ -248,7 +248,7 @@ def test_without_wd_each_group_s_own_decays_and_may_be_changed(package, manual):
         )
     )
     assert same(ours, theirs)
-    assert inner(ours).param_groups[0]["weight_decay"] == 0.05 * 5
+    assert inner(ours).param_groups[0]["weight_decay"] == 0.05 * 6
 
 
 def test_equals_adamw_where_the_weights_are_bf16(package):  # P4

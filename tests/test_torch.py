@@ -107,7 +107,7 @@ def test_own_weight_decay_is_read_afresh_at_every_step():  # P3, wd=None
         nn.init.ones_(model.weight)
         optimizer = cls(model.parameters(), lr=0.1, weight_decay=0.0)
         decay = DecoupledWD(optimizer, **attach) if attach else None
-        for step in range(4):
+        for step in range(1, 4):
             optimizer.param_groups[0]["weight_decay"] = 0.1 * step
             model(torch.ones(2, 3)).sum().backward()
             optimizer.step()

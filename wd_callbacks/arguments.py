@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeAlias
 
+from wd_callbacks.schedules import Run, Schedule, Timescale, resolved
+from wd_callbacks.selection import check_entry
+
 Group: TypeAlias = MutableMapping[str, Any]
 """A param group: ``params``, usually ``lr``, and often a weight decay of its own."""
-
-Schedule: TypeAlias = Callable[[float], float]
-"""From training progress (0.0 at the first step, towards 1.0) to a coefficient."""
 
 SCALES = ("lr", "lr_ratio", "lr_squared", "none")
 WD_KEYS = ("weight_decay", "wd")  # torch's name and fastai's
@@ -56,8 +56,10 @@ class Arguments:
         scale_by: How much of ``wd`` one step takes: ``"lr"``, ``"lr_ratio"``, ``"lr_squared"``,
             ``"none"``, a callable from the param group to a number, or a sequence of these.
         max_lr: The peak learning rate that the ratios refer to, a number or one per group.
+        exclude: Which parameters do not decay: an entry or several, see ``Selection``.
         quantum: Smallest shrink that is applied at once, in [0, 1); None for one that suits the
             dtype.
+        verbose: Whether the description is printed when training starts.
 
     Raises:
         TypeError, ValueError: An argument makes no sense; the message names it.
@@ -66,7 +68,9 @@ class Arguments:
     wd: Any = None
     scale_by: Any = "lr"
     max_lr: Any = None
+    exclude: Any = ()
     quantum: float | None = None
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         """Checks what can be checked before an optimizer is known."""
@@ -74,6 +78,10 @@ class Arguments:
         _each("scale_by", self.scale_by, _check_scale)
         if self.max_lr is not None:
             _each("max_lr", self.max_lr, _check_peak)
+        entries = tuple(self.exclude) if _is_listed(self.exclude) else (self.exclude,)
+        for entry in entries:
+            check_entry(entry)
+        object.__setattr__(self, "exclude", entries)
         if self.quantum is not None:
             _check_number("quantum", self.quantum)
             if self.quantum >= 1:
@@ -85,9 +93,27 @@ class Arguments:
 
     @property
     def scheduled(self) -> bool:
-        """Whether any coefficient depends on training progress."""
+        """Whether any coefficient depends on training progress, or on the length of the run."""
         wds = self.wd.values() if isinstance(self.wd, Mapping) else [self.wd]
-        return any(callable(value) for wd in wds for value in _as_sequence(wd))
+        values = [value for wd in wds for value in _as_sequence(wd)]
+        return any(callable(value) and not isinstance(value, Timescale) for value in values)
+
+    def resolved(self, run: Run, peaks: Sequence[float | None]) -> Arguments:
+        """With everything in the schedules known that depends on the run and the groups' peaks."""
+        wds = self.wd if _is_sequence(self.wd) else [self.wd] * len(peaks)
+        known = [
+            resolved(wd, replace(run, peak=self._scale_at(index, peak))) if callable(wd) else wd
+            for index, (wd, peak) in enumerate(zip(wds, peaks))
+        ]
+        unchanged = all(new is old for new, old in zip(known, wds))
+        return self if unchanged else replace(self, wd=known)
+
+    def _scale_at(self, index: int, peak: float | None) -> float | None:
+        """What ``scale_by`` makes of the peak learning rate; None where that is not known."""
+        scale = self.scale(index)
+        if callable(scale):
+            return None
+        return 1.0 if scale in ("lr_ratio", "none") else peak
 
     @property
     def spares_no_decay_groups(self) -> bool:
@@ -139,7 +165,7 @@ class Arguments:
         return [_at(wd, progress, f"wd[{index}]") for index, wd in enumerate(self.wd)]
 
     def peak(self, index: int, group: Group, known: float | None) -> float | None:
-        """The ``lr_max`` of param group ``index``; None where its ``scale_by`` needs none.
+        """The ``lr_max`` of param group ``index``; None where nothing tells and nothing needs it.
 
         Args:
             index: Which group it is.
@@ -147,15 +173,16 @@ class Arguments:
             known: A better source than the group, but not than the user.
 
         Raises:
-            ValueError: It is not above 0.
+            ValueError: It is not above 0, and ``scale_by`` divides by it.
         """
-        if self.scale(index) not in ("lr_ratio", "lr_squared"):
-            return None
         if self.max_lr is not None:
             return float(self.max_lr[index] if _is_sequence(self.max_lr) else self.max_lr)
         if known is None:
-            known = float(next(group[k] for k in ("max_lr", "initial_lr", "lr") if k in group))
+            keys = [key for key in ("max_lr", "initial_lr", "lr") if key in group]
+            known = float(group[keys[0]]) if keys else math.nan
         if not (math.isfinite(known) and known > 0):
+            if self.scale(index) not in ("lr_ratio", "lr_squared"):
+                return None
             raise ValueError(
                 f"param group {index}: scale_by={self.scale(index)!r} divides by the peak learning "
                 f"rate, which seems to be {known}: give max_lr"
@@ -168,6 +195,9 @@ class Arguments:
             "wd": _sampled(self.wd, _at_progress),
             "scale_by": _sampled(self.scale_by, _at_probe),
             "max_lr": _sampled(self.max_lr, _at_probe),
+            "exclude": [
+                entry if isinstance(entry, str) else _name(entry) for entry in self.exclude
+            ],
             "quantum": _sampled(self.quantum, _at_probe),
         }
 
@@ -183,6 +213,15 @@ def _checked(coefficient: float, source: str) -> float:
     if not (math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"{source} is {coefficient}, expected a finite coefficient of at least 0")
     return coefficient
+
+
+def _is_listed(exclude: Any) -> bool:
+    return isinstance(exclude, Collection) and not isinstance(exclude, (str, Mapping))
+
+
+def _name(entry: Any) -> str | None:
+    """The name of a module type; None for a predicate, which cannot be compared."""
+    return f"{entry.__module__}.{entry.__qualname__}" if isinstance(entry, type) else None
 
 
 def _is_sequence(value: Any) -> bool:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from wd_callbacks.arguments import Arguments, Group, own_wd, wd_key
+from wd_callbacks.description import Description, Row
+from wd_callbacks.schedules import Run
 
 Groups: TypeAlias = Callable[[], Sequence[Group]]
 
@@ -93,6 +95,8 @@ class Account:
     with_grad: list[Tensor] = field(default_factory=list)
     cohorts: list[Cohort] = field(default_factory=list)
     dormant: dict[Tensor, Debt] = field(default_factory=dict)
+    due: float = 0.0  # of parameters with a gradient at every step, as -log of the factor
+    known: bool = True  # to the host: what was due, and that the steps have happened
 
     def is_current(self, with_grad: list[Tensor]) -> bool:
         """Whether the cohorts still hold for the parameters that have a gradient now."""
@@ -112,6 +116,7 @@ class Decay:
 
     Args:
         arguments: What the user asked for.
+        run: The length of the run, as far as it is known.
         peaks: The ``lr_max`` of the first param groups, where the caller knows better than they do.
         decays: Whether a parameter decays; None for all.
         warn: Where warnings go; each is said once.
@@ -121,17 +126,21 @@ class Decay:
         self,
         arguments: Arguments,
         *,
+        run: Run = Run(),  # noqa: B008 frozen
         peaks: Sequence[float] = (),
         decays: Callable[[Tensor], bool] | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.arguments = arguments
+        self._run = run
+        self._resolved = arguments
         self.coefficients: list[float] = []
         self.lr_max: list[float | None] = list(peaks)
         self._decays = decays
         self._warn = warn
         self._warned: set[str] = set()
         self._no_decay: list[bool] = []
+        self._has_started = False
         self._accounts: list[Account] = []
         self._lent: list[tuple[Group, str, Any]] = []
 
@@ -210,16 +219,14 @@ class Decay:
             ValueError: A coefficient or a shrink makes no sense. No weight has changed then.
         """
         self.meet(groups)
-        coefficients = self.arguments.coefficients(groups, progress)
-        self.coefficients = [
-            0.0 if spared else coefficient
-            for spared, coefficient in zip(self._no_decay, coefficients)
-        ]
+        self.coefficients = self._coefficients(groups, progress)
         # All of them before the first weight is touched: any of them may be refused.
         shrinks = list(map(self._shrink, itertools.count(), self.coefficients, groups))
         for index, shrink in enumerate(shrinks):
             if isinstance(shrink.amount, Tensor) or shrink.amount > 0:
-                _pay(self._cohorts(index, groups), shrink, found_inf)
+                _pay(self._opened(index, groups), shrink, found_inf)
+        if not self._has_started:
+            self._start(groups)
 
     def lend(self, groups: Sequence[Group]) -> None:
         """Sets the weight decay of ``groups`` to 0 until ``give_back``."""
@@ -250,6 +257,7 @@ class Decay:
         del self._accounts[len(groups) :], self._no_decay[len(groups) :]
         known = [*self.lr_max, *[None] * len(groups)]
         self.lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
+        self._resolved = self.arguments.resolved(self._run, self.lr_max)
         decaying = any(own_wd(group) for group in groups)
         for index, group in enumerate(groups[len(self._accounts) :], len(self._accounts)):
             no_decay = decaying and own_wd(group) == 0 and self.arguments.spares_no_decay_groups
@@ -261,6 +269,13 @@ class Decay:
                 )
             self._no_decay.append(no_decay)
             self._accounts.append(Account())
+
+    def _coefficients(self, groups: Sequence[Group], progress: float) -> list[float]:
+        coefficients = self._resolved.coefficients(groups, progress)
+        return [0.0 if spared else wd for spared, wd in zip(self._no_decay, coefficients)]
+
+    def _may_decay(self, p: Tensor) -> bool:
+        return self._decays is None or self._decays(p)
 
     def _shrink(self, index: int, coefficient: float, group: Group) -> Shrink:
         if coefficient == 0:
@@ -299,21 +314,21 @@ class Decay:
 
     # Who pays
 
-    def _cohorts(self, index: int, groups: Sequence[Group]) -> list[Cohort]:
-        """The parameters of group ``index`` that the optimizer is about to update."""
+    def _opened(self, index: int, groups: Sequence[Group]) -> Account:
+        """The account of the parameters of a group that the optimizer is about to update."""
         account = self._accounts[index]
         with_grad = [p for p in groups[index]["params"] if p.grad is not None]
         if not account.is_current(with_grad):
             elsewhere = {id(p) for group in groups[:index] for p in group["params"]}
             account = self._accounts[index] = self._reopened(account, with_grad, elsewhere)
-        return account.cohorts
+        return account
 
     def _reopened(self, account: Account, with_grad: list[Tensor], elsewhere: set[int]) -> Account:
         """A new account for the parameters ``with_grad``, with the debts of the old one."""
         debts = account.debts()
         cohorts: dict[Any, Cohort] = {}
         for p in dict.fromkeys(with_grad):
-            if id(p) in elsewhere or not (self._decays is None or self._decays(p)):
+            if id(p) in elsewhere or not self._may_decay(p):
                 continue
             assert p.grad is not None
             if p.grad.layout != torch.strided:
@@ -327,7 +342,58 @@ class Decay:
             kind, debt = _kind(p), debts.pop(p, Debt())
             cohort = cohorts.setdefault((kind, debt), Cohort(kind, [], quantum, debt))
             cohort.params.append(p)
-        return Account(with_grad, list(cohorts.values()), debts)
+        return Account(with_grad, list(cohorts.values()), debts, account.due, account.known)
+
+    def _start(self, groups: Sequence[Group]) -> None:
+        """Warns if the first step that has gradients leaves every weight alone."""
+        self._has_started = any(p.grad is not None for group in groups for p in group["params"])
+        if self._has_started and not any(
+            self._opened(index, groups).cohorts
+            for index, group in enumerate(groups)
+            if not (self._no_decay[index] or (self.arguments.wd is None and own_wd(group) == 0))
+        ):
+            self._say(
+                "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
+                "or in a group whose own weight decay, which wd=None takes, is 0"
+            )
+
+    def describe(self, groups: Sequence[Group], label: str = "") -> Description:
+        """What the decay does to each param group, as a table.
+
+        Args:
+            groups: The optimizer's param groups.
+            label: What stands before the index of each.
+        """
+        if len(groups) != len(self._accounts):
+            trial = Decay(self.arguments, run=self._run, decays=self._decays, warn=_silent)
+            trial.lr_max = list(self.lr_max)
+            trial.meet(groups)
+            return trial.describe(groups, label)
+        coefficients = self.coefficients or self._coefficients(groups, 0.0)
+        return Description(
+            self._row(index, group, coefficients[index], label)
+            for index, group in enumerate(groups)
+        )
+
+    def _row(self, index: int, group: Group, coefficient: float, label: str) -> Row:
+        account, params = self._accounts[index], list(dict.fromkeys(group["params"]))
+        decaying = [] if self._no_decay[index] else list(filter(self._may_decay, params))
+        debts = account.debts()
+        owed = sum(debts.get(p, Debt()).owed for p in decaying) / max(len(decaying), 1)
+        amount, scale = self._shrink(index, coefficient, group).amount, self.arguments.scale(index)
+        numbers = [sum(p.numel() for p in some) for some in (params, decaying)]
+        return Row(
+            group=f"{label}{index}",
+            coefficient=coefficient,
+            scale=scale if isinstance(scale, str) else getattr(scale, "__name__", repr(scale)),
+            lr_max=self.lr_max[index],
+            decaying=(len(decaying), numbers[1]),
+            spared=(len(params) - len(decaying), numbers[0] - numbers[1]),
+            shrink=None if isinstance(amount, Tensor) else amount,
+            steps_per_epoch=self._run.steps_per_epoch,
+            due=-math.expm1(-account.due),
+            applied=-math.expm1(owed - account.due) if account.known else None,
+        )
 
     # State
 
@@ -338,10 +404,11 @@ class Decay:
             for account, group in zip(self._accounts, groups)
         ]
         return {
-            "arguments": self.arguments.record(),
+            "arguments": self._resolved.record(),
             "lr_max": list(self.lr_max),
             "owed": [[debt.owed for debt in group] for group in debts],
             "payments": [[debt.payments for debt in group] for group in debts],
+            "due": [account.due for account in self._accounts],
         }
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[Group]) -> None:
@@ -359,15 +426,16 @@ class Decay:
                 f"the state is of param groups with {expected} parameters, the optimizer's have "
                 f"{sizes}"
             )
-        self.tell_changes(state["arguments"], self.arguments.record())
         self._accounts.clear()
         self._no_decay.clear()
         if self.arguments.max_lr is None:
             self.lr_max = list(state["lr_max"])
         self.meet(groups)
-        debts = zip(state["owed"], state["payments"])
-        for account, group, (owed, payments) in zip(self._accounts, groups, debts):
+        self.tell_changes(state["arguments"], self._resolved.record())
+        saved = zip(state["owed"], state["payments"], state["due"])
+        for account, group, (owed, payments, due) in zip(self._accounts, groups, saved):
             account.dormant = dict(zip(group["params"], map(Debt, owed, payments)))
+            account.due = due
 
     def tell_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Warns of every entry of ``old`` that differs in ``new``."""
@@ -381,6 +449,10 @@ class Decay:
             self._warn(message)
 
 
+def _silent(message: str) -> None:
+    """Says nothing: the same will be said when training starts."""
+
+
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype, type]:
     return p.device, p.dtype, type(p.data)
 
@@ -390,14 +462,17 @@ def _scalar(value: Any) -> Any:
     return value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
 
 
-def _pay(cohorts: Sequence[Cohort], shrink: Shrink, found_inf: Tensor | None) -> None:
+def _pay(account: Account, shrink: Shrink, found_inf: Tensor | None) -> None:
     """Multiplies the parameters of a group by what is due now, in one call per kind."""
     if found_inf is not None or isinstance(shrink.amount, Tensor):
-        for cohort in cohorts:
+        account.known = False
+        for cohort in account.cohorts:
             _multiply_on_device(cohort, shrink, found_inf)
         return
+    if account.with_grad:
+        account.due -= math.log1p(-shrink.amount)
     due: dict[Any, list[tuple[list[Tensor], float]]] = {}
-    for cohort in cohorts:
+    for cohort in account.cohorts:
         factor = cohort.charge(shrink.amount, cast(float, shrink.factor))
         if factor is not None:
             due.setdefault(cohort.kind, []).append((cohort.params, factor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,13 +13,18 @@ import torch
 from wd_callbacks import probe
 from wd_callbacks.arguments import Arguments, Group
 from wd_callbacks.decay import Decay
+from wd_callbacks.description import Description
+from wd_callbacks.schedules import Run
+from wd_callbacks.selection import Selection
 from wd_callbacks.torch import check_undecayed
 
 try:
     import numpy as np
     from fastai.callback.core import Callback
     from fastai.callback.schedule import ParamScheduler
+    from fastai.callback.training import GradientAccumulation
     from fastai.optimizer import OptimWrapper
+    from fastai.torch_core import rank_distrib
     from scipy.optimize import minimize_scalar
 except ImportError as error:
     raise ImportError(
@@ -45,8 +51,13 @@ class DecoupledWD(Callback):  # type: ignore[misc]
             the number that replaces `lr`, or a sequence of these, one per group.
         max_lr: `lr_max` of the above, above 0, a number or one per group. None: the maximum of the
             fit's `lr` schedule, else the `lr` it starts with.
+        exclude: Parameters that do not decay, an entry or several: `"bias"`, `"norm"`,
+            `"embedding"`, `"marked"` (`p._no_weight_decay`, or named by the model's
+            `no_weight_decay()`), a glob on the full parameter name, a module type or its dotted
+            path, or a predicate `(name, parameter) -> bool`.
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
             they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step.
+        verbose: Whether `describe()` is printed when the fit starts to train, on rank zero.
 
     Raises:
         TypeError, ValueError: An argument makes no sense or, when the fit starts to train, does not
@@ -72,16 +83,33 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         *,
         scale_by: Any = "lr",
         max_lr: float | Sequence[float] | None = None,
+        exclude: Any = (),
         quantum: float | None = None,
+        verbose: bool = False,
     ) -> None:
-        self.arguments = Arguments(wd, scale_by, max_lr, quantum).of_optimizer(0, [0])
-        self._decay: Decay | None = None
+        self.arguments = Arguments(
+            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
+        ).of_optimizer(0, [0])
+        self._decay: Decay | None = None  # of the fit that is running, or of the last one
         self._fits = 0  # `validate` in the middle of a fit fires `before_fit` and `after_fit` too
+        self._bound = False
 
     @property
     def coefficients(self) -> list[float]:
         """The coefficient of each param group at the last step."""
         return [] if self._decay is None else self._decay.coefficients
+
+    def describe(self) -> Description:
+        """A table of what the decay does to each param group; `print` shows it.
+
+        The coefficients are those of the last step, before the first one those at progress 0.
+
+        Raises:
+            ValueError: No fit has started to train.
+        """
+        if self._decay is None:
+            raise ValueError("there is nothing to describe before a fit has started to train")
+        return self._decay.describe(_groups(self._opt))
 
     def before_fit(self) -> None:
         self._fits += 1
@@ -89,9 +117,14 @@ class DecoupledWD(Callback):  # type: ignore[misc]
     def before_train(self) -> None:
         """Start afresh in the first epoch that trains, also after a fit that was interrupted."""
         self._epoch, self._n_iter = self.epoch, len(self.dl)
-        if self._decay is None or self._fits > 1:
-            self._fits, self._decay = 1, self._new_decay()
+        if not self._bound or self._fits > 1:
+            self._fits, self._bound, self._opt = 1, True, self.opt
+            self._decay = self._new_decay()
             self._done = self._epoch * self._n_iter
+            self._used: list[float] = []
+            self._batches = 0
+            if self.arguments.verbose and rank_distrib() == 0:
+                print(self.describe())
 
     def before_step(self) -> None:
         """Have the optimizer decay when it steps, which another callback may still cancel."""
@@ -103,10 +136,22 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         _Step.remove(self.opt)
         self._done = self._epoch * self._n_iter + self.iter + 1
 
+    def after_batch(self) -> None:
+        self._batches += 1
+
     def after_fit(self) -> None:
+        """Let `recorder.plot_sched` draw `wd`, beside what this fit's schedulers have recorded."""
         self._fits -= 1
-        if self._fits == 0:
-            self._decay = None
+        if self._fits == 0 and self._bound:
+            self._bound = False
+            if hasattr(self.learn, "recorder"):
+                self.recorder.hps = self._hps()
+
+    def _hps(self) -> dict[str, list[Any]]:
+        scheds = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
+        hps = {name: values for cb in scheds for name, values in getattr(cb, "hps", {}).items()}
+        used = self._used + self._used[-1:] * (self._batches - len(self._used))
+        return {**hps, "wd": used}
 
     def _new_decay(self) -> Decay:
         if sum(isinstance(cb, DecoupledWD) for cb in self.learn.cbs) > 1:
@@ -114,9 +159,19 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         if isinstance(self.opt, OptimWrapper):
             check_undecayed(self.opt.opt)
             probe.check_weights(self.opt.opt)
-        decay = Decay(self.arguments, peaks=self._peaks(), decays=self._decays)
+        self._selection = Selection(self.arguments.exclude, self.model)
+        decay = Decay(self.arguments, run=self._run(), peaks=self._peaks(), decays=self._decays)
         decay.meet(_groups(self.opt))
         return decay
+
+    def _run(self) -> Run:
+        """How many steps the fit makes, with accumulation taken into account."""
+        batches = 1
+        for cb in self.learn.cbs:
+            if isinstance(cb, GradientAccumulation):
+                batches = math.ceil(cb.n_acc / self.dls.train.bs)
+        steps_per_epoch = self._n_iter / batches
+        return Run(steps_per_epoch * self.n_epoch, steps_per_epoch)
 
     def _peaks(self) -> Any:
         """The maximum of the fit's `lr` schedule for each param group, if it has one."""
@@ -141,23 +196,28 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         return peaks.tolist()
 
     def _decays(self, p: torch.Tensor) -> bool:
-        return bool(self.opt.state[p].get("do_wd", True)) if p in self.opt.state else True
+        state = self._opt.state
+        return self._selection(p) and bool(p not in state or state[p].get("do_wd", True))
 
     def _decayed_step(self, opt: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.learn is None or self._decay is None:  # left behind by a fit that was interrupted
+        if self.learn is None or not self._bound:  # left behind by a fit that was interrupted
             return opt.step(*args, **kwargs)
+        assert self._decay is not None
         args, kwargs = self._decay.begin(partial(_groups, opt), self._progress, args, kwargs)
         try:
             return opt.step(*args, **kwargs)
         finally:
             self._decay.give_back()
+            # One value for each batch that has led to this step, as ParamScheduler records them.
+            self._used += self._decay.coefficients[-1:] * (self._batches + 1 - len(self._used))
 
     def _progress(self) -> float:
         return float(self._done / (self._n_iter * self.n_epoch))
 
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
-        return {**vars(self), "_decay": None, "_fits": 0}
+        own = {name: value for name, value in vars(self).items() if name in ("arguments", "learn")}
+        return {**own, "_decay": None, "_fits": 0, "_bound": False}
 
 
 class _Step:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
+from wd_callbacks.description import Description
+from wd_callbacks.schedules import Run
 
 
 def _callbacks() -> tuple[type, ...]:
@@ -37,25 +39,35 @@ class _Run:
     Attributes:
         batches: Training batches of the run, as far as its epochs, or the steps of automatic
             optimization, limit them.
-        steps: ``max_steps`` where that does not tell the batches: manual optimization may make any
-            number of steps in one.
+        steps: Optimizer steps of the run; with manual optimization, which may make any number of
+            them in a batch, only ``max_steps`` tells.
+        steps_per_epoch: Those of its first epoch, with automatic optimization.
         batch: The current batch, counted from the start of the run.
         start: The batch with which this process started.
-        fraction: ``global_step / steps`` when the current batch started.
+        fraction: ``global_step / steps`` when the current batch started, with manual optimization.
     """
 
     def __init__(self, trainer: Any, max_epochs: int, automatic: bool) -> None:
-        self.batches = math.inf if max_epochs == -1 else max_epochs * trainer.num_training_batches
+        per_epoch = trainer.num_training_batches
+        epochs = math.inf if max_epochs == -1 else max_epochs
+        self.automatic = automatic
+        self.batches = epochs * per_epoch if epochs and per_epoch else 0
         self.steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-        if automatic and math.isfinite(self.steps):
-            self.batches = min(self.batches, _batches_of_steps(trainer, self.steps, self.batches))
-            self.steps = math.inf
+        self.steps_per_epoch = math.inf
+        if automatic:
+            every = _accumulation(trainer)
+            self.batches, self.steps = _windows(per_epoch, every, epochs, self.steps)
+            self.steps_per_epoch = _windows(per_epoch, every, 1, math.inf)[1]
         self.batch, self.fraction = 0, 0.0
         self.start: int | None = None
 
     def is_finite(self) -> bool:
         """Whether the run ends after a known number of batches or steps."""
-        return math.isfinite(min(self.batches, self.steps))
+        return math.isfinite(self.length())
+
+    def length(self) -> float:
+        """Its batches, or its steps where these alone are known."""
+        return min(self.batches, math.inf if self.automatic else self.steps)
 
     def start_batch(self, trainer: Any, batch_idx: int) -> None:
         """Moves on to the batch that starts."""
@@ -64,29 +76,36 @@ class _Run:
             self.batch = trainer.current_epoch * per_epoch + batch_idx
         else:
             self.batch = trainer.fit_loop.total_batch_idx
-        self.fraction = trainer.global_step / self.steps
+        self.fraction = 0.0 if self.automatic else trainer.global_step / self.steps
         if self.start is None:
             self.start = self.batch
 
 
-def _batches_of_steps(trainer: Any, steps: float, most: float) -> float:
-    """Batches until automatic optimization has made ``steps`` steps, as far as below ``most``."""
-    accumulations = [
-        callback.get_accumulate_grad_batches
-        for callback in trainer.callbacks
-        if hasattr(callback, "get_accumulate_grad_batches")
-    ] or [lambda epoch: trainer.accumulate_grad_batches]
-    per_epoch, batches = float(trainer.num_training_batches), 0.0
-    for epoch in itertools.count():
-        every = int(accumulations[0](epoch))
-        if batches >= most or steps * every <= per_epoch:
-            break
-        # The last window of an epoch may be shorter, so this is not per_epoch / every.
-        steps -= math.ceil(per_epoch / every)
+def _accumulation(trainer: Any) -> Callable[[int], int]:
+    """From an epoch to the number of batches in a window of accumulation."""
+    for callback in trainer.callbacks:
+        if hasattr(callback, "get_accumulate_grad_batches"):
+            return cast(Callable[[int], int], callback.get_accumulate_grad_batches)
+    return lambda epoch: int(trainer.accumulate_grad_batches)
+
+
+def _windows(
+    per_epoch: float, every: Callable[[int], int], epochs: float, most: float
+) -> tuple[float, float]:
+    """Batches and steps until ``epochs`` are over or ``most`` steps made, one step per window."""
+    if math.isinf(per_epoch) or math.isinf(min(epochs, most)):
+        return most * every(0), most
+    epoch = 0
+    batches: float = 0
+    steps: float = 0
+    while epoch < epochs and per_epoch:
+        windows = math.ceil(per_epoch / every(epoch))  # the last one may be shorter
+        if steps + windows >= most:
+            return batches + min((most - steps) * every(epoch), per_epoch), most
+        epoch += 1
         batches += per_epoch
-        if steps <= 0:
-            return batches
-    return batches + steps * every
+        steps += windows
+    return batches, steps
 
 
 class _Attached(plain.DecoupledWD):
@@ -94,7 +113,9 @@ class _Attached(plain.DecoupledWD):
 
     _warn = staticmethod(rank_zero_warn)
 
-    def __init__(self, optimizer: Optimizer, arguments: Arguments, run: _Run) -> None:
+    def __init__(
+        self, optimizer: Optimizer, arguments: Arguments, run: _Run, model: nn.Module
+    ) -> None:
         self.run = run
         self.position = 0  # batches that were done when the previous step was made
         self.done: int | None = None  # batches that are done when the current step is made
@@ -103,7 +124,9 @@ class _Attached(plain.DecoupledWD):
             arguments.wd,
             scale_by=arguments.scale_by,
             max_lr=arguments.max_lr,
+            exclude=arguments.exclude,
             quantum=arguments.quantum,
+            model=model,
             progress=self._fraction,
         )
 
@@ -117,21 +140,26 @@ class _Attached(plain.DecoupledWD):
         if done is not None and done <= self.run.batch:
             self.position, self.done = done, self.run.batch + 1
 
+    def _length(self) -> Run:
+        steps, steps_per_epoch = self.run.steps, self.run.steps_per_epoch
+        return Run(
+            steps if math.isfinite(steps) else None,
+            steps_per_epoch if math.isfinite(steps_per_epoch) else None,
+        )
+
     def _fraction(self) -> float:
         self.attempt()  # also where the step is made behind Lightning's back
         return max(self.position / self.run.batches, self.run.fraction)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the position in the run, in batches, and the length that it refers to."""
-        length = min(self.run.batches, self.run.steps)
-        return {**super().state_dict(), "done": self.done, "length": length}
+        return {**super().state_dict(), "done": self.done, "length": self.run.length()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where ``state_dict`` was called."""
         super().load_state_dict(state)
         if self._decay.arguments.scheduled:
-            length = min(self.run.batches, self.run.steps)
-            self._decay.tell_changes({"length": state["length"]}, {"length": length})
+            self._decay.tell_changes({"length": state["length"]}, {"length": self.run.length()})
         self.done = state["done"]
 
 
@@ -157,8 +185,13 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
             these, one per group.
         max_lr: ``lr_max`` of the above, above 0, a number or one per group. None: the group's
             ``max_lr``, else its ``initial_lr``, else its ``lr``, when training starts.
+        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+            ``"embedding"``, ``"marked"`` (``p._no_weight_decay``, or named by a module's
+            ``no_weight_decay()``), a glob on the full parameter name, a module type or its dotted
+            path, or a predicate ``(name, parameter) -> bool``.
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
             they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step.
+        verbose: Whether ``describe()`` is printed when training starts, on rank zero.
         optimizers: The index or indices of the Trainer's optimizers to act on; None for all.
 
     Raises:
@@ -185,10 +218,14 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         *,
         scale_by: Any = "lr",
         max_lr: float | Sequence[float] | None = None,
+        exclude: Any = (),
         quantum: float | None = None,
+        verbose: bool = False,
         optimizers: int | Sequence[int] | None = None,
     ) -> None:
-        self.arguments = Arguments(wd, scale_by, max_lr, quantum)
+        self.arguments = Arguments(
+            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
+        )
         self.optimizers = _indices(optimizers)
         self._attached: dict[int, _Attached] = {}
         self._loaded: dict[int, Any] = {}
@@ -197,6 +234,23 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
     def coefficients(self) -> dict[int, list[float]]:
         """The coefficient of each param group at the last step, by the index of the optimizer."""
         return {index: decay.coefficients for index, decay in self._attached.items()}
+
+    def describe(self) -> Description:
+        """A table of what the decay does to each param group; ``print`` shows it.
+
+        The coefficients are those of the last step, before the first one those at progress 0.
+
+        Raises:
+            ValueError: No training has started.
+        """
+        if not self._attached:
+            raise ValueError("there is nothing to describe before training has started")
+        several = len(self._attached) > 1
+        return Description(
+            row
+            for index, decay in self._attached.items()
+            for row in decay.describe(f"{index}/" if several else "")
+        )
 
     @property
     def state_key(self) -> str:
@@ -225,10 +279,14 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         self._run = run
         for index in indices:
             arguments = self.arguments.of_optimizer(index, list(indices))
-            self._attached[index] = _Attached(trainer.optimizers[index], arguments, run)
+            decay = _Attached(trainer.optimizers[index], arguments, run, pl_module)
+            self._attached[index] = decay
             if index in self._loaded:
-                self._attached[index].load_state_dict(self._loaded[index])
+                decay.load_state_dict(self._loaded[index])
         self._loaded = {}
+        self._names = _names(trainer.optimizers)
+        if self.arguments.verbose:
+            rank_zero_only(print)(self.describe())
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -241,6 +299,22 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         for decay in self._attached.values():
             if decay.optimizer is plain.unwrapped(optimizer):
                 decay.attempt()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the coefficients that the steps of this batch used."""
+        stepped = {i: d for i, d in self._attached.items() if d.done == self._run.batch + 1}
+        if not (stepped and trainer.is_global_zero and trainer.loggers):
+            return
+        if trainer._logger_connector.should_update_logs:
+            metrics = {
+                f"wd-{name}": coefficient
+                for index, decay in stepped.items()
+                for name, coefficient in zip(self._names[index], decay.coefficients)
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leaves the optimizers as the user configured them."""
@@ -267,6 +341,19 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
         own = {"arguments": self.arguments, "optimizers": self.optimizers}
         return {**own, "_attached": {}, "_loaded": {}}
+
+
+def _names(optimizers: Sequence[Optimizer]) -> list[list[str]]:
+    """A name for each param group of each optimizer, as LearningRateMonitor gives them."""
+    names: list[list[str]] = []
+    classes = [type(optimizer).__name__ for optimizer in optimizers]
+    for index, optimizer in enumerate(optimizers):
+        before = classes[:index].count(classes[index])
+        name = f"{classes[index]}-{before}" if before else classes[index]
+        groups = optimizer.param_groups
+        several = len(groups) > 1
+        names.append([f"{name}/pg{i}" if several else name for i in range(1, len(groups) + 1)])
+    return names
 
 
 def _indices(optimizers: Any) -> tuple[int, ...] | None:

@@ -9,13 +9,17 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch.distributed
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wd_callbacks import probe
 from wd_callbacks.arguments import Arguments, Group
 from wd_callbacks.decay import Decay
+from wd_callbacks.description import Description
+from wd_callbacks.schedules import Run
+from wd_callbacks.selection import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,10 +48,17 @@ class DecoupledWD:
             these, one per group.
         max_lr: ``lr_max`` of the above, above 0, a number or one per group. None: the group's
             ``max_lr``, else its ``initial_lr``, else its ``lr``, when the first step is made.
+        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+            ``"embedding"``, ``"marked"`` (``p._no_weight_decay``, or named by the model's
+            ``no_weight_decay()``), a glob on the full parameter name, a module type or its dotted
+            path, or a predicate ``(name, parameter) -> bool``. Needs ``model``.
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
             they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step,
             however small.
+        verbose: Whether ``describe()`` is printed at the first step, on rank zero.
+        model: What ``exclude`` takes the names of the parameters from.
         total_steps: Number of calls of ``optimizer.step`` in the run, for a schedule.
+        steps_per_epoch: Number of them in an epoch, for ``Timescale(epochs=...)``.
         progress: Gives the training progress in [0, 1], for loops that know it better than by the
             number of steps.
 
@@ -76,29 +87,39 @@ class DecoupledWD:
         *,
         scale_by: Any = "lr",
         max_lr: float | Sequence[float] | None = None,
+        exclude: Any = (),
         quantum: float | None = None,
+        verbose: bool = False,
+        model: nn.Module | None = None,
         total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         progress: Callable[[], float] | None = None,
     ) -> None:
         self.optimizer = unwrapped(optimizer)
         probe.check_hooks(self.optimizer)
         check_undecayed(self.optimizer)
         probe.check_weights(self.optimizer)
-        if total_steps is not None and not (type(total_steps) is int and total_steps >= 1):
-            raise ValueError(
-                f"total_steps must be a whole number of at least 1, got {total_steps!r}"
-            )
+        _check_count("total_steps", total_steps)
+        _check_count("steps_per_epoch", steps_per_epoch)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a callable without arguments, got {progress!r}")
-        arguments = Arguments(wd, scale_by, max_lr, quantum).of_optimizer(0, [0])
+        arguments = Arguments(
+            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
+        ).of_optimizer(0, [0])
         if arguments.scheduled and total_steps is None and progress is None:
             raise ValueError(
                 "wd is a schedule, which needs the length of the run: give total_steps, or progress"
             )
         self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.progress = progress
         self.steps = 0
-        self._decay = Decay(arguments, warn=self._warn)
+        self._decay = Decay(
+            arguments,
+            run=self._length(),
+            decays=Selection(arguments.exclude, model, self._warn),
+            warn=self._warn,
+        )
         arguments.check_groups(self._groups())
         self._frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
@@ -108,6 +129,16 @@ class DecoupledWD:
     def coefficients(self) -> list[float]:
         """The coefficient of each param group at the last step."""
         return self._decay.coefficients
+
+    def describe(self, label: str = "") -> Description:
+        """A table of what the decay does to each param group; ``print`` shows it.
+
+        The coefficients are those of the last step, before the first one those at progress 0.
+
+        Args:
+            label: What stands before the index of each group.
+        """
+        return self._decay.describe(self._groups(), label)
 
     def detach(self) -> None:
         """Takes the decay off the optimizer, which is left as the user configured it."""
@@ -137,6 +168,8 @@ class DecoupledWD:
         if _is_running(self._frame):
             return None  # `step` called `super().step()`
         self._frame = sys._getframe(1)
+        if self.steps == 0:
+            self._show()
         found_inf = getattr(optimizer, "found_inf", None)
         args, kwargs = self._decay.begin(
             self._groups,
@@ -159,8 +192,16 @@ class DecoupledWD:
         self._frame = None
         self._decay.give_back()
 
+    def _show(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._decay.arguments.verbose and not (distributed and torch.distributed.get_rank()):
+            print(self.describe())
+
     def _groups(self) -> list[Group]:
         return list(self.optimizer.param_groups)
+
+    def _length(self) -> Run:
+        return Run(self.total_steps, self.steps_per_epoch)
 
     def _position(self) -> float:
         """Training progress at the step that is being made, and on to the next."""
@@ -211,6 +252,11 @@ class DecoupledWD:
         vars(self).update(state)
         if attached:
             self._attach()
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and not (type(value) is int and value >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_undecayed(optimizer: Optimizer) -> None:

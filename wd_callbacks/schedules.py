@@ -1,0 +1,416 @@
+"""Schedules: pure functions from training progress to a weight decay coefficient.
+
+Progress is 0.0 at the first step and goes towards 1.0; outside of that a schedule keeps the value
+of the nearer end. Each class is a frozen dataclass: callable, printable so that its ``repr`` builds
+it again, comparable, picklable, and writable in a YAML config. Any other callable from progress to
+a coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a lambda.
+
+>>> warmed_up = Join([(0.25, Linear(0, 0.2)), (0.75, Cosine(0.2, 0))])
+>>> [round(warmed_up(progress), 3) for progress in (0, 0.125, 0.25, 0.625, 1)]
+[0.0, 0.1, 0.2, 0.1, 0.0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from numbers import Real
+from typing import Any
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``start + (end - start) * progress``.
+
+    Args:
+        start: Coefficient at progress 0, finite and at least 0.
+        end: Coefficient at progress 1, finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: A value is no such number; the message names it.
+
+    Example:
+        >>> schedule = Linear(0.04, 0.4)
+        >>> schedule(0), schedule(0.5), schedule(1), schedule(2)
+        (0.04, 0.22, 0.4, 0.4)
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check(self, "start", "end")
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        return _between(self.start, self.end, _clamped(progress))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """``end + (start - end) * (1 + cos(pi * progress)) / 2`` (arXiv 1608.03983, eq. 5).
+
+    Args:
+        start: Coefficient at progress 0, finite and at least 0.
+        end: Coefficient at progress 1, finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: A value is no such number; the message names it.
+
+    Example:
+        >>> schedule = Cosine(0.25, 0)
+        >>> schedule(0), schedule(0.5), schedule(1)
+        (0.25, 0.125, 0.0)
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check(self, "start", "end")
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        return _between(self.start, self.end, (1 - math.cos(math.pi * _clamped(progress))) / 2)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """``start * (end / start) ** progress``.
+
+    Args:
+        start: Coefficient at progress 0, finite and above 0.
+        end: Coefficient at progress 1, finite and above 0.
+
+    Raises:
+        TypeError, ValueError: A value is no such number; the message names it.
+
+    Example:
+        >>> schedule = Exponential(0.25, 0.0625)
+        >>> schedule(0), schedule(0.5), schedule(1)
+        (0.25, 0.125, 0.0625)
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check(self, "start", "end", above_zero=True)
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        progress = _clamped(progress)
+        return float(self.start ** (1 - progress) * self.end**progress)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """``start + (end - start) * progress ** power``.
+
+    Args:
+        start: Coefficient at progress 0, finite and at least 0.
+        end: Coefficient at progress 1, finite and at least 0.
+        power: Exponent, finite and above 0.
+
+    Raises:
+        TypeError, ValueError: A value is no such number; the message names it.
+
+    Example:
+        >>> schedule = Polynomial(1, 0, 2)
+        >>> schedule(0), schedule(0.5), schedule(1)
+        (1.0, 0.75, 0.0)
+    """
+
+    start: float
+    end: float
+    power: float
+
+    def __post_init__(self) -> None:
+        _check(self, "start", "end")
+        _check(self, "power", above_zero=True)
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        return _between(self.start, self.end, _clamped(progress) ** self.power)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The value of the last key at or before ``progress``.
+
+    Args:
+        values: From the progress at which a coefficient begins, in [0, 1) and with 0 among them, to
+            the coefficient, finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: A key or a value is no such number; the message names it.
+
+    Example:
+        >>> schedule = Steps({0.0: 0.1, 0.5: 0.01})
+        >>> schedule(0), schedule(0.49), schedule(0.5), schedule(1)
+        (0.1, 0.1, 0.01, 0.01)
+    """
+
+    values: Mapping[float, float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise TypeError(f"Steps: values must be a dict, got {self.values!r}")
+        for begin, value in self.values.items():
+            _check_number("Steps", "a key of values", begin)
+            _check_number("Steps", f"values[{begin!r}]", value)
+            if begin >= 1:
+                raise ValueError(f"Steps: a key of values must be below 1, got {begin!r}")
+        if 0 not in self.values:
+            raise ValueError(f"Steps: values must have the key 0, got {sorted(self.values)}")
+        object.__setattr__(self, "values", dict(sorted(self.values.items())))
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        begun = max(begin for begin in self.values if begin <= _clamped(progress) + TOLERANCE)
+        return float(self.values[begun])
+
+
+@dataclass(frozen=True)
+class Join:
+    """One schedule after the other, each over its fraction of the run.
+
+    Args:
+        pieces: Pairs of a fraction, above 0, and a schedule; the fractions add up to 1. Each
+            schedule sees the progress within its piece, which begins where the one before ends.
+
+    Raises:
+        TypeError, ValueError: A piece is no such pair, or the fractions do not add up to 1.
+
+    Example:
+        >>> schedule = Join([(0.25, Linear(0, 0.1)), (0.75, Linear(0.1, 0.4))])
+        >>> schedule(0), schedule(0.125), schedule(0.25), schedule(1)
+        (0.0, 0.05, 0.1, 0.4)
+    """
+
+    pieces: Sequence[tuple[float, Schedule]]
+
+    def __post_init__(self) -> None:
+        pieces = []
+        for piece in self.pieces:
+            if not (isinstance(piece, Sequence) and len(piece) == 2 and callable(piece[1])):
+                raise TypeError(
+                    f"Join: pieces must be pairs of a fraction and a schedule, got {piece!r}"
+                )
+            _check_number("Join", "a fraction of pieces", piece[0], above_zero=True)
+            pieces.append((piece[0], piece[1]))
+        total = math.fsum(fraction for fraction, _ in pieces)
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"Join: the fractions of pieces must add up to 1, got {total:g}")
+        object.__setattr__(self, "pieces", tuple(pieces))
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        progress = _clamped(progress)
+        ends = list(accumulate(fraction for fraction, _ in self.pieces[:-1]))
+        index = sum(progress >= end - TOLERANCE for end in ends)
+        fraction, schedule = self.pieces[index]
+        return schedule(_clamped((progress - [0.0, *ends][index]) / fraction))
+
+    def resolved(self, run: Run) -> Join:
+        """With its pieces resolved, which see the steps of the whole run."""
+        parts = [replace(run, part=run.part * fraction) for fraction, _ in self.pieces]
+        return Join([(f, resolved(s, part)) for (f, s), part in zip(self.pieces, parts)])
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """A schedule that starts again, as the warm restarts of arXiv 1608.03983 and 1711.05101.
+
+    Args:
+        schedule: What each cycle follows from its start to its end.
+        cycles: Number of cycles, at least 1.
+        mult: How many times as long as the one before a cycle is, finite and above 0.
+
+    Raises:
+        TypeError, ValueError: An argument is no such thing; the message names it.
+
+    Example:
+        >>> schedule = Restarts(Linear(0.1, 0.3), cycles=2, mult=3)
+        >>> [round(schedule(progress), 3) for progress in (0, 0.125, 0.25, 0.625, 1)]
+        [0.1, 0.2, 0.1, 0.2, 0.3]
+    """
+
+    schedule: Schedule
+    cycles: int
+    mult: float = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise TypeError(f"Restarts: schedule must be a schedule, got {self.schedule!r}")
+        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+            raise ValueError(
+                f"Restarts: cycles must be a whole number of at least 1, got {self.cycles!r}"
+            )
+        _check(self, "mult", above_zero=True)
+
+    def __call__(self, progress: float) -> float:
+        """The coefficient at ``progress``."""
+        return Join([(fraction, self.schedule) for fraction in self._fractions()])(progress)
+
+    def resolved(self, run: Run) -> Join:
+        """With its cycles resolved, each of which sees its own steps."""
+        parts = [run.part * fraction for fraction in self._fractions()]
+        runs = [
+            replace(run, part=part, cycle_steps=None if run.steps is None else run.steps * part)
+            for part in parts
+        ]
+        return Join([(f, resolved(self.schedule, r)) for f, r in zip(self._fractions(), runs)])
+
+    def _fractions(self) -> list[float]:
+        lengths = [self.mult**cycle for cycle in range(self.cycles)]
+        return [length / math.fsum(lengths) for length in lengths]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``Normalized`` and ``Timescale`` need to know when training starts.
+
+    Attributes:
+        steps: Optimizer steps of the run; None where they are not known.
+        steps_per_epoch: Optimizer steps of an epoch; None where that is not known.
+        peak: What ``scale_by`` makes of the param group's peak learning rate; None where it is a
+            callable.
+        part: The fraction of the run that the schedule covers.
+        cycle_steps: Optimizer steps of the cycle, inside of ``Restarts``.
+    """
+
+    steps: float | None = None
+    steps_per_epoch: float | None = None
+    peak: float | None = None
+    part: float = 1.0
+    cycle_steps: float | None = None
+
+
+class _Resolvable:
+    """A coefficient that is known when training starts and its length is."""
+
+    def __call__(self, progress: float) -> float:
+        """Raises TypeError: there is no value before training starts."""
+        raise TypeError(f"{self!r} has no value before it is resolved, when training starts")
+
+    def resolved(self, run: Run) -> Linear:
+        """The coefficient in ``run``, as a schedule that keeps it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Normalized(_Resolvable):
+    """``wd_norm / sqrt(steps)``, so that one value suits runs of any length.
+
+    This is the paper's ``wd_norm * sqrt(b / (B * T))`` for ``B * T / b`` steps (arXiv 1711.05101,
+    appendix B.1). Inside of ``Restarts`` the steps are those of each cycle, else of the run.
+
+    Args:
+        wd_norm: Normalized coefficient, finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: It is no such number.
+
+    Example:
+        >>> Normalized(0.5).resolved(Run(steps=100))(0)
+        0.05
+    """
+
+    wd_norm: float
+
+    def __post_init__(self) -> None:
+        _check(self, "wd_norm")
+
+    def resolved(self, run: Run) -> Linear:
+        """The coefficient in ``run``, as a schedule that keeps it."""
+        steps = run.steps if run.cycle_steps is None else run.cycle_steps
+        if steps is None:
+            raise ValueError(f"{self!r} needs the number of steps of the run, which is not known")
+        return _constant(self.wd_norm / math.sqrt(steps))
+
+
+@dataclass(frozen=True)
+class Timescale(_Resolvable):
+    """The coefficient with which a step at the peak learning rate shrinks by ``1 / steps``.
+
+    Weights are then a moving average of the updates over about that long (arXiv 2405.13698). Give
+    ``epochs`` or ``steps``.
+
+    Args:
+        epochs: Length of the average in epochs, finite and above 0.
+        steps: Length of the average in optimizer steps, finite and above 1.
+
+    Raises:
+        TypeError, ValueError: Both or neither is given, or one is no such number; when training
+            starts, ``scale_by`` is a callable, or the steps of an epoch are not known.
+
+    Example:
+        >>> Timescale(epochs=4).resolved(Run(steps=100, steps_per_epoch=25, peak=0.1))(0)
+        0.1
+    """
+
+    epochs: float | None = None
+    steps: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("Timescale: give epochs or steps, one of the two")
+        _check(self, "steps" if self.epochs is None else "epochs", above_zero=True)
+
+    def resolved(self, run: Run) -> Linear:
+        """The coefficient in ``run``, as a schedule that keeps it."""
+        if run.peak is None:
+            raise ValueError(
+                f"{self!r} needs the peak of what scale_by takes of it, which is not known: give "
+                f"max_lr, and no callable"
+            )
+        steps = self.steps
+        if self.epochs is not None:
+            if run.steps_per_epoch is None:
+                raise ValueError(
+                    f"{self!r} needs the number of steps of an epoch, which is not known: give "
+                    f"steps instead of epochs, or in a plain loop steps_per_epoch"
+                )
+            steps = self.epochs * run.steps_per_epoch
+        assert steps is not None
+        return _constant(1 / (steps * run.peak))
+
+
+def resolved(schedule: Schedule, run: Run) -> Schedule:
+    """``schedule`` with everything in it known that depends on the run."""
+    resolve = getattr(schedule, "resolved", None)
+    return schedule if resolve is None else resolve(run)
+
+
+TOLERANCE = 1e-9  # ten tenths do not add up to 1 in floating point
+
+
+def _constant(value: float) -> Linear:
+    return Linear(value, value)
+
+
+def _clamped(progress: float) -> float:
+    return min(max(float(progress), 0.0), 1.0)
+
+
+def _between(start: float, end: float, weight: float) -> float:
+    """From ``start`` to ``end``, both exact."""
+    return start * (1 - weight) + end * weight
+
+
+def _check(schedule: Any, *names: str, above_zero: bool = False) -> None:
+    for name in names:
+        _check_number(type(schedule).__name__, name, getattr(schedule, name), above_zero)
+
+
+def _check_number(cls: str, name: str, value: Any, above_zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{cls}: {name} must be a number, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value) or float(value) < 0 or (above_zero and value == 0):
+        limit = "above 0" if above_zero else "at least 0"
+        raise ValueError(f"{cls}: {name} must be finite and {limit}, got {value!r}")
