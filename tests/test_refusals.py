@@ -113,6 +113,23 @@ def test_progress_that_is_no_number():  # P10
         optimizer.step()
 
 
+@pytest.mark.parametrize("value", [None, "0.1", [0.1], torch.ones(2), 1j, True])
+@pytest.mark.parametrize("source", ["wd", "scale_by", "progress", "weight_decay", "lr"])
+def test_what_is_no_number_is_named(value, source):  # P10
+    optimizer = two_groups(weight_decay=0.1)
+    arguments = {
+        "wd": {"wd": lambda p: value, "total_steps": 2},
+        "scale_by": {"wd": 0.1, "scale_by": lambda g: value},
+        "progress": {"wd": 0.1, "progress": lambda: value},
+    }.get(source, {"wd": None})
+    DecoupledWD(optimizer, **arguments)
+    if source in ("weight_decay", "lr"):
+        optimizer.param_groups[1][source] = value
+    with pytest.raises(TypeError, match=f"{source}.* is .*, expected a number"):
+        optimizer.step()
+    assert all(torch.equal(g["params"][0], torch.ones(2, 2)) for g in optimizer.param_groups)
+
+
 def test_a_group_beyond_the_sequence():  # P10
     optimizer = two_groups()
     DecoupledWD(optimizer, [0.1, 0.2])
@@ -205,12 +222,39 @@ class Lookahead(torch.optim.SGD):
                 p.data.copy_(slow.add_(p.data - slow, alpha=0.5))
 
 
+class HookedWithoutInit(WithoutHooks):
+    """As timm's Lookahead, whose ``zero_grad`` marks its ``step`` as one that runs hooks."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.defaults = base.defaults
+        self._optimizer_step_pre_hooks = {}
+
+
+def scheduled(optimizer):
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return optimizer
+
+
+def with_an_empty_group(params):
+    return [{"params": []}, {"params": list(params)}]
+
+
+def zeroed(optimizer):
+    optimizer.zero_grad()
+    return optimizer
+
+
 WRONG = [
     (lambda ps: WithoutHooks(torch.optim.SGD(ps, lr=0.1)), "never runs .* hooks.* its 'base'"),
     (lambda ps: SAM(ps, torch.optim.SGD, lr=0.1), "SAM undoes a decay .* attach .* its 'base'"),
     (lambda ps: schedulefree.AdamWScheduleFree(ps), "AdamWScheduleFree undoes a decay"),
     (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.1), "SGDScheduleFree undoes a decay"),
     (lambda ps: schedulefree.RAdamScheduleFree(ps), "RAdamScheduleFree undoes a decay"),
+    (lambda ps: scheduled(schedulefree.SGDScheduleFree(ps, lr=0.1)), "SGDScheduleFree undoes"),
+    (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.0), "SGDScheduleFree undoes"),
+    (lambda ps: schedulefree.SGDScheduleFree(with_an_empty_group(ps), lr=0.1), "undoes"),
+    (lambda ps: zeroed(HookedWithoutInit(torch.optim.SGD(ps, lr=0.1))), "never runs .* its 'base'"),
 ]
 
 

@@ -169,3 +169,65 @@ def test_the_state_holds_plain_numbers_and_adds_nothing_to_the_optimizer_s():  #
     assert all(
         set(each) == {"step", "exp_avg", "exp_avg_sq"} for each in run.optimizer.state.values()
     )
+
+
+def one_weight(**options):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.zeros(2)
+    return p, torch.optim.SGD([p], lr=0.1, **options)
+
+
+def test_a_state_saved_right_after_add_param_group_loads():  # P9
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 1e-7)
+    optimizer.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    state = decay.state_dict()
+    decay.load_state_dict(state)
+    assert decay.state_dict()["owed"][0] == state["owed"][0] != [0.0]
+
+
+def test_what_was_taken_for_a_no_decay_group_stays_one():  # P9
+    def run(resume):
+        p, optimizer = one_weight(weight_decay=0.0)
+        decay = DecoupledWD(optimizer, 0.5)
+        optimizer.step()
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.1})
+        optimizer.step()
+        if resume:
+            state = decay.state_dict()
+            decay.detach()
+            decay = DecoupledWD(optimizer, 0.5)
+            decay.load_state_dict(state)
+        optimizer.step()
+        return p.data
+
+    assert torch.equal(run(resume=True), run(resume=False))
+    assert torch.allclose(run(resume=False), torch.full((2,), 0.95**3))
+
+
+def test_a_state_saved_before_the_first_step_takes_nothing():  # P9
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 0.1, scale_by="lr_ratio")
+    decay.load_state_dict(decay.state_dict())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
+    optimizer.step()
+    assert decay.state_dict()["lr_max"] == [1.0]
+
+
+@pytest.mark.parametrize("state", ["{}", "optimizer", "no payments", "short", None])
+def test_what_is_no_state_is_refused_and_changes_nothing(state):  # P9, P10
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 1e-7)
+    optimizer.step()
+    before = decay.state_dict()
+    wrong = {
+        "{}": {},
+        "optimizer": optimizer.state_dict(),
+        "no payments": {k: v for k, v in before.items() if k != "payments"},
+        "short": {**before, "payments": [[]]},
+        None: None,
+    }[state]
+    with pytest.raises(ValueError, match=r"no state of a DecoupledWD: it lacks|param groups with"):
+        decay.load_state_dict(wrong)
+    assert decay.state_dict() == before

@@ -301,6 +301,50 @@ def test_a_closure_sees_the_user_s_weight_decay_and_may_raise_or_change_it():  #
     assert optimizer.param_groups[0]["weight_decay"] == INNER_WD + 3
 
 
+def test_post_hooks_of_others_find_the_user_s_weight_decay():  # P3
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.zeros(2)
+    optimizer = torch.optim.SGD([p], lr=0.1, weight_decay=0.4)
+    group, seen = optimizer.param_groups[0], []
+
+    def halve(*_):
+        seen.append(optimizer.state_dict()["param_groups"][0]["weight_decay"])
+        group["weight_decay"] /= 2
+
+    optimizer.register_step_post_hook(halve)
+    decay = DecoupledWD(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    assert seen == [0.4, 0.2, 0.1]
+    assert group["weight_decay"] == 0.05
+    assert decay.coefficients == [0.1]
+
+
+def test_a_closure_may_detach():  # P3
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1, weight_decay=INNER_WD)
+    decay = DecoupledWD(optimizer, 0.5)
+    optimizer.step(decay.detach)
+    assert optimizer.param_groups[0]["weight_decay"] == INNER_WD
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step(backend):  # P5
+    def run(compiled):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        DecoupledWD(optimizer, lambda progress: 0.5 * (1 - progress), total_steps=6)
+        step = torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step
+        for index in range(6):
+            optimizer.zero_grad()
+            model(torch.full((2, 3), 1.0 + index)).square().mean().backward()
+            step()
+        return weights(model)
+
+    torch.testing.assert_close(run(compiled=True), run(compiled=False), rtol=1e-5, atol=1e-6)
+
+
 def test_an_optimizer_that_differentiates_inside_step_works():  # P5
     class SecondOrder(torch.optim.Optimizer):
         """Divides by the second derivative, as AdaHessian does, from graphs kept by backward."""

@@ -27,7 +27,7 @@ def wd_key(group: Group) -> str | None:
 def own_wd(group: Group) -> float:
     """The optimizer's own weight decay of ``group``; 0.0 where it has none."""
     key = wd_key(group)
-    return 0.0 if key is None else float(group[key])
+    return 0.0 if key is None else number(group[key], f"a param group's {key!r}")
 
 
 def index_dict_entry(wd: Any, index: int, indices: Sequence[int]) -> Any:
@@ -179,7 +179,7 @@ class Arguments:
             return float(self.max_lr[index] if _is_sequence(self.max_lr) else self.max_lr)
         if known is None:
             keys = [key for key in ("max_lr", "initial_lr", "lr") if key in group]
-            known = float(group[keys[0]]) if keys else math.nan
+            known = number(group[keys[0]], f"param group {index}: {keys[0]}") if keys else math.nan
         if not (math.isfinite(known) and known > 0):
             if self.scale(index) not in ("lr_ratio", "lr_squared"):
                 return None
@@ -206,10 +206,28 @@ def _at(wd: Any, progress: float, name: str) -> float:
     """The coefficient that ``wd``, a number or a schedule, gives at ``progress``."""
     if not callable(wd):
         return float(wd)
-    return _checked(float(wd(progress)), f"the schedule {name} = {wd!r} at progress {progress:g}")
+    value = wd(progress)
+    if type(value) is float and 0 <= value < math.inf:
+        return value  # without the cost of a message
+    return _checked(value, f"the schedule {name} = {wd!r} at progress {progress:g}")
 
 
-def _checked(coefficient: float, source: str) -> float:
+def number(value: Any, source: str) -> float:
+    """The float that ``value``, which came from the user's code, stands for.
+
+    Raises:
+        TypeError: It is none; the message names the ``source``.
+    """
+    try:
+        if isinstance(value, (str, bool)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{source} is {value!r}, expected a number") from None
+
+
+def _checked(value: Any, source: str) -> float:
+    coefficient = number(value, source)
     if not (math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"{source} is {coefficient}, expected a finite coefficient of at least 0")
     return coefficient

@@ -14,14 +14,14 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from wd_callbacks.arguments import Arguments, Group, own_wd, wd_key
+from wd_callbacks.arguments import Arguments, Group, number, own_wd, wd_key
 from wd_callbacks.description import Description, Row
 from wd_callbacks.schedules import Run
 
@@ -143,6 +143,7 @@ class Decay:
         self._has_started = False
         self._accounts: list[Account] = []
         self._lent: list[tuple[Group, str, Any]] = []
+        self.attached = True  # cleared by a closure that detaches it
 
     # One step
 
@@ -197,6 +198,8 @@ class Decay:
             nonlocal due
             self.give_back()
             result = closure(*args, **kwargs)
+            if not self.attached:
+                return result
             if due:
                 self.apply(groups(), progress(), found_inf)
                 due = False
@@ -259,7 +262,8 @@ class Decay:
         self.lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
         self._resolved = self.arguments.resolved(self._run, self.lr_max)
         decaying = any(own_wd(group) for group in groups)
-        for index, group in enumerate(groups[len(self._accounts) :], len(self._accounts)):
+        self._accounts += [Account() for _ in groups[len(self._accounts) :]]
+        for index, group in enumerate(groups[len(self._no_decay) :], len(self._no_decay)):
             no_decay = decaying and own_wd(group) == 0 and self.arguments.spares_no_decay_groups
             if no_decay:
                 self._say(
@@ -268,7 +272,6 @@ class Decay:
                     f"per group, to overrule"
                 )
             self._no_decay.append(no_decay)
-            self._accounts.append(Account())
 
     def _coefficients(self, groups: Sequence[Group], progress: float) -> list[float]:
         coefficients = self._resolved.coefficients(groups, progress)
@@ -298,10 +301,10 @@ class Decay:
         """How much of the coefficient one step takes: a number or a 0-dim tensor."""
         scale = self.arguments.scale(index)
         if callable(scale):
-            return _scalar(scale(group))
+            return _scalar(scale(group), f"param group {index}: scale_by")
         if scale == "none":
             return 1.0
-        lr, lr_max = _scalar(group["lr"]), self.lr_max[index]
+        lr, lr_max = _scalar(group["lr"], f"param group {index}: lr"), self.lr_max[index]
         if scale == "lr":
             return lr
         assert lr_max is not None
@@ -399,41 +402,46 @@ class Decay:
 
     def state_dict(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What is owed and what was taken once, as plain numbers, with the arguments they serve."""
+        new = [Account() for _ in groups[len(self._accounts) :]]
+        accounts = [*self._accounts, *new] if self._accounts else []
         debts = [
             [account.debts().get(p, Debt()) for p in group["params"]]
-            for account, group in zip(self._accounts, groups)
+            for account, group in zip(accounts, groups)
         ]
         return {
             "arguments": self._resolved.record(),
             "lr_max": list(self.lr_max),
+            "no_decay": list(map(int, self._no_decay)),
             "owed": [[debt.owed for debt in group] for group in debts],
             "payments": [[debt.payments for debt in group] for group in debts],
-            "due": [account.due for account in self._accounts],
+            "due": [account.due for account in accounts],
         }
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[Group]) -> None:
         """Takes up what ``state_dict`` gave; arguments that have changed since win, with a warning.
 
         Raises:
-            ValueError: The state is that of other param groups.
+            ValueError: It is no such state, or that of other param groups.
         """
-        sizes, expected = (
-            [len(g["params"]) for g in groups],
-            [len(debts) for debts in state["owed"]],
-        )
-        if expected and sizes != expected:
-            raise ValueError(
-                f"the state is of param groups with {expected} parameters, the optimizer's have "
-                f"{sizes}"
-            )
+        check_state(state, "arguments", "lr_max", "no_decay", "owed", "payments", "due")
+        sizes = [len(group["params"]) for group in groups]
+        for name in ("owed", "payments"):
+            saved = list(map(len, state[name]))
+            if saved not in ([], sizes):
+                raise ValueError(
+                    f"the state is of param groups with {saved} parameters, the optimizer's have "
+                    f"{sizes}"
+                )
         self._accounts.clear()
-        self._no_decay.clear()
-        if self.arguments.max_lr is None:
-            self.lr_max = list(state["lr_max"])
-        self.meet(groups)
+        if state["owed"]:  # else it was saved before the first step, when nothing was taken
+            spares = self.arguments.spares_no_decay_groups
+            self._no_decay = [spares and bool(no_decay) for no_decay in state["no_decay"]]
+            if self.arguments.max_lr is None:
+                self.lr_max = list(state["lr_max"])
+            self.meet(groups)
         self.tell_changes(state["arguments"], self._resolved.record())
-        saved = zip(state["owed"], state["payments"], state["due"])
-        for account, group, (owed, payments, due) in zip(self._accounts, groups, saved):
+        rows = zip(state["owed"], state["payments"], state["due"])
+        for account, group, (owed, payments, due) in zip(self._accounts, groups, rows):
             account.dormant = dict(zip(group["params"], map(Debt, owed, payments)))
             account.due = due
 
@@ -453,13 +461,22 @@ def _silent(message: str) -> None:
     """Says nothing: the same will be said when training starts."""
 
 
+def check_state(state: Any, *keys: str) -> None:
+    """Raises ValueError where ``state`` lacks one of ``keys``."""
+    missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        raise ValueError(f"this is no state of a DecoupledWD: it lacks {', '.join(missing)}")
+
+
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype, type]:
     return p.device, p.dtype, type(p.data)
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: Any, source: str) -> Any:
     """A float, or a 0-dim tensor: some optimizers keep their learning rate on the device."""
-    return value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    return number(value, source)
 
 
 def _pay(account: Account, shrink: Shrink, found_inf: Tensor | None) -> None:

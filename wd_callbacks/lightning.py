@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
+from wd_callbacks.decay import check_state
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run
 
@@ -157,6 +158,7 @@ class _Attached(plain.DecoupledWD):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where ``state_dict`` was called."""
+        check_state(state, "done", "length")
         super().load_state_dict(state)
         if self._decay.arguments.scheduled:
             self._decay.tell_changes({"length": state["length"]}, {"length": self.run.length()})

@@ -26,7 +26,10 @@ def check_hooks(optimizer: Optimizer) -> None:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    if not getattr(type(optimizer).step, "hooked", False):
+    if not getattr(type(optimizer).step, "hooked", False) or not all(
+        hasattr(optimizer, f"_optimizer_{hooks}_hooks")
+        for hooks in ("step_pre", "step_post", "state_dict_pre")
+    ):
         raise ValueError(
             f"{type(optimizer).__name__} never runs torch's step hooks, as it does not call "
             f"torch.optim.Optimizer.__init__: attach the decay to {_inner(optimizer)}"
@@ -56,61 +59,84 @@ def _inner(optimizer: Optimizer) -> str:
     return "the optimizer that it wraps, if it wraps one"
 
 
-def _undoes_decay(optimizer: Optimizer) -> bool:
-    """Whether weights that are halved right before an update without gradient come back.
+LR, STEPS, KEPT = 1e-4, 30, 0.4
 
-    Tried on a miniature of the optimizer. Where that cannot be built or cannot step, nothing is
-    held against the optimizer.
+
+def _undoes_decay(optimizer: Optimizer) -> bool:
+    """Whether a decay right before an update is lost in the updates that follow.
+
+    Tried on two miniatures of the optimizer that see the same gradients, one of which is halved
+    once: of the difference, Lookahead keeps half, and what puts back or averages keeps less. Where
+    they cannot be built or cannot step, nothing is held against the optimizer.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            twin = _miniature(optimizer, {})
-            # The first step sets up its state; the last ones bring out what it averages with, also
-            # after a warmup. Lookahead goes half the way back, which is its right.
-            for factor in (1.0, 0.5, *[1.0] * 18):
-                _step(twin, factor)
-            return any(bool((p > 0.8).any()) for p in _weights(twin))
+            ends = []
+            for factor in (1.0, 0.5):
+                torch.manual_seed(0)
+                twin = _miniature(optimizer, {})
+                for step in range(STEPS):
+                    if step == 3:  # the first ones set up its state
+                        before = [p.detach().clone() for p in _weights(twin)]
+                    _step(twin, factor if step == 3 else 1.0, step)
+                ends.append([p.detach() for p in _weights(twin)])
+            return any(
+                bool(((whole - halved) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
+                for whole, halved, p in zip(*ends, before)
+            )
     except Exception:
         return False
 
 
 def _miniature(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    """A copy without state and hooks that has one tiny weight per param group, all ones."""
+    """A copy without state and hooks that has one tiny weight per param group."""
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     memo[id(optimizer.state)] = defaultdict(dict)
     for group in optimizer.param_groups:
         if id(group["params"]) not in memo:
-            tiny = torch.nn.Parameter(torch.ones((2,) * group["params"][0].ndim))
-            memo |= {id(p): tiny for p in group["params"]} | {id(group["params"]): [tiny]}
-    for value in vars(optimizer).values():
+            tiny = [_tiny(p.ndim) for p in group["params"][:1]]
+            memo |= {id(p): tiny[0] for p in group["params"]} | {id(group["params"]): tiny}
+    # Learning rate schedulers put a function of the real optimizer in the place of `step`.
+    attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    for value in attributes.values():
         if isinstance(value, Optimizer) and id(value) not in memo:
             _miniature(value, memo)
         if isinstance(value, FunctionType) and value.__closure__:
             raise TypeError("a closure may hold the real weights")
-    for name, value in vars(optimizer).items():
-        if name != "step":  # learning rate schedulers put a function of the real optimizer there
-            hooks = name.endswith("_hooks")
-            vars(twin)[name] = OrderedDict() if hooks else copy.deepcopy(value, memo)
+    for name, value in attributes.items():
+        hooks = name.endswith("_hooks")
+        vars(twin)[name] = OrderedDict() if hooks else copy.deepcopy(value, memo)
     for group in twin.param_groups:
         group.update({key: 0.0 for key in WD_KEYS if key in group})
+        if "lr" in group:  # a warmup may start from 0, and a large one drowns the difference
+            lr = group["lr"]
+            group["lr"] = torch.full_like(lr, LR) if isinstance(lr, torch.Tensor) else LR
     if hasattr(twin, "train"):
         twin.train()
     return twin
+
+
+def _tiny(ndim: int) -> torch.nn.Parameter:
+    """Weights that differ, as some optimizers normalize them."""
+    weights = torch.linspace(0.5, 1.5, 2**ndim, device="cpu")
+    weights[1::3] *= -1
+    return torch.nn.Parameter(weights.reshape((2,) * ndim))
 
 
 def _weights(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _step(twin: Optimizer, factor: float) -> None:
+def _step(twin: Optimizer, factor: float, seed: int) -> None:
     """A step of which the first evaluation of the closure ends with a decay by ``factor``."""
     factors = [factor]
 
     def closure() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
         for p in _weights(twin):
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.randn(p.shape, generator=generator, device="cpu")
             p.data.mul_(factors[0] if factors else 1.0)
         factors.clear()
         return torch.zeros(())

@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wd_callbacks import probe
-from wd_callbacks.arguments import Arguments, Group
-from wd_callbacks.decay import Decay
+from wd_callbacks.arguments import Arguments, Group, number
+from wd_callbacks.decay import Decay, check_state
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run
 from wd_callbacks.selection import Selection
@@ -110,7 +111,7 @@ class DecoupledWD:
             raise ValueError(
                 "wd is a schedule, which needs the length of the run: give total_steps, or progress"
             )
-        self.total_steps = total_steps
+        self.total_steps = None if total_steps is None else int(total_steps)
         self.steps_per_epoch = steps_per_epoch
         self.progress = progress
         self.steps = 0
@@ -145,6 +146,7 @@ class DecoupledWD:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._decay.attached = False
         self._end_step()
 
     def __enter__(self) -> Self:
@@ -159,6 +161,9 @@ class DecoupledWD:
             self.optimizer.register_step_post_hook(self._after_step),
             self.optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
+        # Post hooks of others find the groups as the user set them.
+        after = self.optimizer._optimizer_step_post_hooks
+        after.move_to_end(self._handles[1].id, last=False)
 
     # Events of the optimizer, in firing order
 
@@ -208,7 +213,7 @@ class DecoupledWD:
         done = self.steps
         self.steps += 1
         if self.progress is not None:
-            position = float(self.progress())
+            position = number(self.progress(), "progress()")
             if not math.isfinite(position):
                 raise ValueError(f"progress() gave {position}, expected a number in [0, 1]")
             return min(max(position, 0.0), 1.0)
@@ -236,6 +241,7 @@ class DecoupledWD:
         Raises:
             ValueError: The state is that of other param groups.
         """
+        check_state(state, "steps", "total_steps")
         self._decay.load_state_dict(state, self._groups())
         self._decay.tell_changes(
             {"total_steps": state["total_steps"]}, {"total_steps": self.total_steps}
@@ -255,7 +261,9 @@ class DecoupledWD:
 
 
 def _check_count(name: str, value: Any) -> None:
-    if value is not None and not (type(value) is int and value >= 1):
+    if value is not None and not (
+        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+    ):
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
