@@ -169,8 +169,8 @@ def save(errors: Array, settings: Settings, path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("coupling", "seed", "lr", "wd", "test error"))
         for (c, seed, lr, wd), error in np.ndenumerate(errors):
-            place = (COUPLINGS[c].name, seed, settings.lrs[lr], settings.wds[c, wd])
-            writer.writerow((*place, f"{error:.4f}"))
+            place = (f"{settings.lrs[lr]:.6g}", f"{settings.wds[c, wd]:.6g}")
+            writer.writerow((COUPLINGS[c].name, seed, *place, f"{error:.4f}"))
 
 
 def load(settings: Settings, path: Path) -> Array | None:
@@ -260,15 +260,12 @@ def sentences(outcomes: list[Outcome]) -> str:
     if len(ranked) > 1:
         moves = ", ".join(f"{o.shown_slope()} with {o.coupling.name}" for o in ranked)
         said = f"Decades that the best wd moves per decade of lr, the least first: {moves}."
-    l2, best = outcomes[0], min(outcomes[1:], key=lambda o: o.best_errors.mean())
-    gain, sd = spread(l2.best_errors - best.best_errors)
-    verdict = "from a single seed"
-    if math.isfinite(sd):
-        verdict = f"{'more' if abs(gain) > sd else 'no more'} than the sd of that, {sd:.2f}"
-    return (
-        f"{said} In its best cell, {best.coupling.name} made {abs(gain):.2f} percentage points "
-        f"{'fewer' if gain > 0 else 'more'} errors than L2 in its own ({verdict})."
+    gap_sds = (spread(o.best_errors - outcomes[0].best_errors) for o in outcomes[1:])
+    gaps = ", ".join(
+        f"{gap:+.2f}" + (f" ± {sd:.2f}" if math.isfinite(sd) else "") + f" with {o.coupling.name}"
+        for o, (gap, sd) in zip(outcomes[1:], gap_sds)
     )
+    return f"{said} Percentage points of error more than L2, each in its best cell: {gaps}."
 
 
 def edges(values: Array) -> Array:
@@ -279,7 +276,7 @@ def edges(values: Array) -> Array:
 
 def draw(outcomes: list[Outcome], title: str, path: Path) -> None:
     """Draws a heat map for every coupling."""
-    figure, axes = plt.subplots(1, len(outcomes), figsize=(13, 5.7), layout="constrained")
+    figure, axes = plt.subplots(1, len(outcomes), figsize=(13, 5.3), layout="constrained")
     low = math.floor(min(np.nanmin(o.errors) for o in outcomes))
     look = {"norm": LogNorm(low, FAILED, clip=True), "cmap": "viridis_r"}
     for ax, o in zip(axes, outcomes):

@@ -231,6 +231,13 @@ class Decay:
         if not self._has_started:
             self._start(groups)
 
+    def preview(self, groups: Sequence[Group], progress: float) -> list[tuple[float, Any]]:
+        """The coefficient and the shrink of each param group at ``progress``; nothing decays."""
+        self.meet(groups)
+        coefficients = self._coefficients(groups, progress)
+        shrinks = map(self._shrink, itertools.count(), coefficients, groups)
+        return [(wd, shrink.amount) for wd, shrink in zip(coefficients, shrinks)]
+
     def lend(self, groups: Sequence[Group]) -> None:
         """Sets the weight decay of ``groups`` to 0 until ``give_back``."""
         for group in groups:

@@ -1,0 +1,112 @@
+"""One picture of a planned run, without training: what the decay will do, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from wd_callbacks.arguments import Arguments
+from wd_callbacks.decay import Decay
+from wd_callbacks.schedules import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Plan(NamedTuple):
+    """A planned run, one value per step.
+
+    Attributes:
+        coefficients: The ``wd`` in force.
+        lrs: The learning rate.
+        shrinks: What the step takes from the weights.
+        left: How much of the weights of the first step is left after it.
+    """
+
+    coefficients: list[float]
+    lrs: list[float]
+    shrinks: list[float]
+    left: list[float]
+
+
+def plan(
+    wd: Any,
+    lr: float | Callable[[float], float],
+    steps: int,
+    *,
+    scale_by: Any = "lr",
+    max_lr: float | None = None,
+    steps_per_epoch: float | None = None,
+) -> Plan:
+    """What ``DecoupledWD(wd, scale_by=scale_by, max_lr=max_lr)`` will do to a param group.
+
+    Args:
+        wd: A coefficient of at least 0, or a schedule.
+        lr: The learning rate, or a callable from training progress to it, such as fastai's
+            ``combined_cos(0.25, 4e-4, 1e-2, 1e-7)``.
+        steps: Optimizer steps of the run, at least 1.
+        scale_by: As for ``DecoupledWD``; a callable is given the group ``{"lr": ...}``.
+        max_lr: As for ``DecoupledWD``; None for the maximum of ``lr``.
+        steps_per_epoch: Optimizer steps of an epoch, for ``Timescale(epochs=...)``.
+
+    Returns:
+        The values of every step.
+
+    Raises:
+        TypeError, ValueError: An argument or what it gives at a step makes no sense.
+
+    Example:
+        >>> planned = plan(0.5, lr=0.1, steps=2)
+        >>> planned.shrinks, [round(left, 4) for left in planned.left]
+        ([0.05, 0.05], [0.95, 0.9025])
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    lrs = [float(lr(i / steps) if callable(lr) else lr) for i in range(steps)]
+    arguments = Arguments(wd, scale_by, max_lr=max(lrs) if max_lr is None else max_lr)
+    decay = Decay(arguments, run=Run(steps, steps_per_epoch))
+    rows = [decay.preview([{"params": [], "lr": lr}], i / steps)[0] for i, lr in enumerate(lrs)]
+    shrinks = [shrink for _, shrink in rows]
+    left = [math.exp(log) for log in accumulate(math.log1p(-shrink) for shrink in shrinks)]
+    return Plan([coefficient for coefficient, _ in rows], lrs, shrinks, left)
+
+
+def plot_plan(*args: Any, **kwargs: Any) -> Figure:
+    """Draws ``plan(*args, **kwargs)``: coefficient, lr, shrink, timescale and what is left.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: As ``plan``.
+
+    Example:
+        >>> from wd_callbacks.schedules import Cosine
+        >>> figure = plot_plan(Cosine(0.1, 0), lr=lambda progress: 1e-2 * (1 - progress), steps=100)
+        >>> [ax.get_ylabel() for ax in figure.axes]
+        ['wd', 'lr', 'shrink per step', 'timescale, steps', 'weights left']
+    """
+    from matplotlib.figure import Figure
+
+    planned = plan(*args, **kwargs)
+    figure = Figure(figsize=(7, 9), layout="constrained")
+    panels: Sequence[tuple[str, Sequence[float]]] = [
+        ("wd", planned.coefficients),
+        ("lr", planned.lrs),
+        ("shrink per step", planned.shrinks),
+        ("timescale, steps", [1 / shrink if shrink else math.nan for shrink in planned.shrinks]),
+        ("weights left", planned.left),
+    ]
+    for ax, (label, values) in zip(figure.subplots(len(panels), 1, sharex=True), panels):
+        ax.plot(values)
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[3].set_yscale("log")
+    figure.axes[4].set_ylim(0, 1)
+    figure.axes[4].set_xlabel("step")
+    figure.suptitle(f"{planned.left[-1]:.1%} of the first weights are left at the end")
+    return figure
