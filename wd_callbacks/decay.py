@@ -402,7 +402,7 @@ class Decay:
             shrink=None if isinstance(amount, Tensor) else amount,
             steps_per_epoch=self._run.steps_per_epoch,
             due=-math.expm1(-account.due),
-            applied=-math.expm1(owed - account.due) if account.known else None,
+            applied=max(0.0, -math.expm1(owed - account.due)) if account.known else None,
         )
 
     # State

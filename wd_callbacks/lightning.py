@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -15,7 +15,24 @@ from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
 from wd_callbacks.decay import check_state
 from wd_callbacks.description import Description
-from wd_callbacks.schedules import Run
+from wd_callbacks.schedules import Run, Schedule
+
+# LightningCLI reads and writes configs by these, trying the members of a union in turn, None last.
+# Callables come late, as anything passes for one when it writes, None too, but not Literal[None].
+# Sequences of schedules come after schedules, as `--trainer.callbacks.wd.end 1` would make a list
+# of one; the tuple reads the lists.
+Word: TypeAlias = Literal["lr", "lr_ratio", "lr_squared", "none"]
+Scale: TypeAlias = Callable[[dict[str, Any]], float]
+Named: TypeAlias = str | type[nn.Module]
+Predicate: TypeAlias = Callable[[str, nn.Parameter], bool]
+Coefficients: TypeAlias = (
+    float
+    | Literal[None]
+    | Sequence[float]
+    | tuple[float | Schedule, ...]
+    | Schedule
+    | Sequence[float | Schedule]
+)
 
 
 def _callbacks() -> tuple[type, ...]:
@@ -216,11 +233,11 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
 
     def __init__(
         self,
-        wd: Any = None,
+        wd: Mapping[int, Coefficients] | Coefficients = None,
         *,
-        scale_by: Any = "lr",
+        scale_by: Word | Sequence[Word | Scale] | Scale = "lr",
         max_lr: float | Sequence[float] | None = None,
-        exclude: Any = (),
+        exclude: Named | Collection[Named | Predicate] | Predicate = (),
         quantum: float | None = None,
         verbose: bool = False,
         optimizers: int | Sequence[int] | None = None,
