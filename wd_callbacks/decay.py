@@ -500,17 +500,19 @@ def _pay(account: Account, shrink: Shrink, found_inf: Tensor | None) -> None:
         factor = cohort.charge(shrink.amount, cast(float, shrink.factor))
         if factor is not None:
             due.setdefault(cohort.kind, []).append((cohort.params, factor))
-    for payments in due.values():
-        params = [p for params, _ in payments for p in params]
-        factors = [factor for params, factor in payments for _ in params]
-        _multiply(params, factors if len(payments) > 1 else factors[:1])
+    for (params, factor), *others in due.values():
+        operand: Any = _operand(factor, params[0])
+        if others:  # parameters that owed something else, each with its own factor
+            operand = [operand] * len(params)
+            for more, factor in others:
+                params = params + more
+                operand += [_operand(factor, more[0])] * len(more)
+        _multiply(params, operand)
 
 
-def _multiply(params: list[Tensor], factors: list[float]) -> None:
+def _multiply(params: list[Tensor], factor: Any) -> None:
     """The multiplication: ``p <- p * factor``, unseen by autograd's version counters."""
-    operands: list[Any] = [_operand(factor, params[0]) for factor in factors]
-    weights = [p.data for p in params]
-    torch._foreach_mul_(weights, operands[0] if len(operands) == 1 else operands)
+    torch._foreach_mul_([p.data for p in params], factor)
 
 
 def _operand(factor: float, p: Tensor) -> float | Tensor:
