@@ -21,7 +21,10 @@ WD_KEYS = ("weight_decay", "wd")  # torch's name and fastai's
 
 def wd_key(group: Group) -> str | None:
     """The key under which ``group`` holds the optimizer's own weight decay, None if it has none."""
-    return next((key for key in WD_KEYS if key in group), None)
+    for key in WD_KEYS:
+        if key in group:
+            return key
+    return None
 
 
 def own_wd(group: Group) -> float:
@@ -243,7 +246,7 @@ def _name(entry: Any) -> str | None:
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return not isinstance(value, str) and isinstance(value, Sequence)
 
 
 def _as_sequence(value: Any) -> Sequence[Any]:
