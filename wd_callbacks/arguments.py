@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from wd_callbacks.schedules import Run, Schedule, Timescale, resolved
 from wd_callbacks.selection import check_entry
 
@@ -101,6 +103,11 @@ class Arguments:
         values = [value for wd in wds for value in _as_sequence(wd)]
         return any(callable(value) and not isinstance(value, Timescale) for value in values)
 
+    @property
+    def follows_lr(self) -> bool:
+        """Whether any group's decay is in proportion to its learning rate, or to the square."""
+        return any(str(scale).startswith("lr") for scale in _as_sequence(self.scale_by))
+
     def resolved(self, run: Run, peaks: Sequence[float | None]) -> Arguments:
         """With everything in the schedules known that depends on the run and the groups' peaks."""
         wds = self.wd if _is_sequence(self.wd) else [self.wd] * len(peaks)
@@ -182,7 +189,10 @@ class Arguments:
             return float(self.max_lr[index] if _is_sequence(self.max_lr) else self.max_lr)
         if known is None:
             keys = [key for key in ("max_lr", "initial_lr", "lr") if key in group]
-            known = number(group[keys[0]], f"param group {index}: {keys[0]}") if keys else math.nan
+            value = group[keys[0]] if keys else math.nan
+            if isinstance(value, Tensor) and not value.is_cpu and not self._needs_peak(index):
+                return None  # asking would synchronize
+            known = number(value, f"param group {index}: {keys[0] if keys else 'lr'}")
         if not (math.isfinite(known) and known > 0):
             if self.scale(index) not in ("lr_ratio", "lr_squared"):
                 return None
@@ -191,6 +201,10 @@ class Arguments:
                 f"rate, which seems to be {known}: give max_lr"
             )
         return known
+
+    def _needs_peak(self, index: int) -> bool:
+        wd = self.wd[index] if _is_sequence(self.wd) else self.wd
+        return self.scale(index) in ("lr_ratio", "lr_squared") or hasattr(wd, "resolved")
 
     def record(self) -> dict[str, Any]:
         """The arguments as plain numbers, to tell by value whether a resumed run changed them."""

@@ -236,12 +236,31 @@ class Decay:
             for index, shrink in enumerate(list(shrinks))
             if isinstance(shrink.amount, Tensor) or shrink.amount > 0
         ]
+        self._check_capture(payers)
         # Graphs that are kept stay valid. `p.data` would do that too, at 0.3 µs for each tensor.
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_VERSIONS):
             for account, shrink in payers:
                 _pay(account, shrink, found_inf)
         if not self._has_started:
             self._start(groups)
+
+    def _check_capture(self, payers: list[tuple[Account, Shrink]]) -> None:
+        """Refuses to be captured in a CUDA graph whose replays would not decay as they should."""
+        if not (payers and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            return
+        if self.arguments.scheduled:
+            raise ValueError(
+                "a CUDA graph would replay the coefficient that it captures, but wd is a schedule: "
+                "capture the steps without the optimizer's, or give wd a number"
+            )
+        for account, (amount, _) in payers:
+            if any(not isinstance(amount, Tensor) and amount < c.quantum for c in account.cohorts):
+                raise ValueError(
+                    f"a CUDA graph cannot save up a shrink of {amount:g}, which is below the "
+                    f"quantum: give quantum=0, or keep lr in a tensor on the device"
+                )
 
     def preview(self, groups: Sequence[Group], progress: float) -> list[tuple[float, Any]]:
         """The coefficient and the shrink of each param group at ``progress``; nothing decays."""
@@ -551,14 +570,19 @@ def _multiply_on_device(cohort: Cohort, shrink: Shrink, found_inf: Tensor | None
     half = dtype in HALF_QUANTA
     value = shrink.amount if half else shrink.factor
     if isinstance(value, Tensor):
-        value = value.to(device, non_blocking=True)
+        value = _on(device, value)
     else:
         value = torch.full((), value, device=device, dtype=dtype.to_real())
     if found_inf is not None:
-        skipped = found_inf.reshape(()).to(device, non_blocking=True) > 0
+        skipped = _on(device, found_inf.reshape(())) > 0
         value = torch.where(skipped, 0.0 if half else 1.0, value)
     if half:
         amounts = [value.to(dtype)] * len(cohort.params)
         torch._foreach_addcmul_(cohort.params, cohort.params, amounts, value=-1)
     else:
         torch._foreach_mul_(cohort.params, value)
+
+
+def _on(device: torch.device, value: Tensor) -> Tensor:
+    """``value`` on ``device``, awaited where that is the host."""
+    return value.to(device, non_blocking=device.type != "cpu")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ try:
     from fastai.callback.core import Callback
     from fastai.callback.schedule import ParamScheduler
     from fastai.callback.training import GradientAccumulation
-    from fastai.optimizer import OptimWrapper
+    from fastai.optimizer import OptimWrapper, l2_reg, weight_decay
     from fastai.torch_core import rank_distrib
     from scipy.optimize import minimize_scalar
 except ImportError as error:
@@ -159,6 +161,11 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         if isinstance(self.opt, OptimWrapper):
             check_undecayed(self.opt.opt)
             probe.check_weights(self.opt.opt)
+            remarks = probe.remarks(self.opt.opt, self.arguments.follows_lr)
+        else:
+            remarks = _remarks(self.opt)
+        for remark in remarks:
+            warnings.warn(remark, stacklevel=2)
         self._selection = Selection(self.arguments.exclude, self.model)
         decay = Decay(self.arguments, run=self._run(), peaks=self._peaks(), decays=self._decays)
         decay.meet(_groups(self.opt))
@@ -253,6 +260,16 @@ def _undecayed(opt: Any, *args: Any, **kwargs: Any) -> Any:
 def _same(step: Any) -> Any:
     """What a copy gets back of a step that was replaced."""
     return step
+
+
+def _remarks(opt: Any) -> list[str]:
+    """What a user should know of a fastai optimizer: which of its callbacks make more of `wd`."""
+    cbs = [cb.func if isinstance(cb, partial) else cb for cb in opt.cbs]
+    return [
+        f"`{cb.__name__}` of this optimizer takes `wd` into its update, and here finds it 0"
+        for cb in cbs
+        if cb not in (weight_decay, l2_reg) and "wd" in signature(cb).parameters
+    ]
 
 
 def _groups(opt: Any) -> list[Group]:

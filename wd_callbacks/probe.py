@@ -1,18 +1,28 @@
-"""Whether decay from outside reaches the weights of an optimizer: by a look and a trial step."""
+"""What an optimizer makes of a decay from outside: found out by a look and steps of copies."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections import OrderedDict, defaultdict
-from types import FunctionType
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType, MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from wd_callbacks.arguments import WD_KEYS
+from wd_callbacks.arguments import WD_KEYS, wd_key
+
+Weights: TypeAlias = list[Tensor]
+
+SETUP = 8  # steps: RAdam, for one, warms up over the first ones
+STEPS, SMALL_LR, KEPT = 30, 1e-4, 0.4  # of the trial whether a decay lasts
+LR, WD = 1e-2, 0.1  # of the trials what else the optimizer does
 
 
 def check_hooks(optimizer: Optimizer) -> None:
@@ -51,15 +61,85 @@ def check_weights(optimizer: Optimizer) -> None:
         )
 
 
+def remarks(optimizer: Optimizer, by_lr: bool) -> list[str]:
+    """What a user should know of this optimizer when its own weight decay is replaced by ours.
+
+    Where its miniatures cannot be built or cannot step, nothing is said.
+
+    Args:
+        optimizer: Any that ``check_weights`` does not refuse.
+        by_lr: Whether the decay is in proportion to the param groups' learning rate.
+    """
+    try:
+        with _quietly():
+            return list(_remarks(optimizer, type(optimizer).__name__, by_lr))
+    except Exception:
+        return []
+
+
+def _remarks(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
+    if any("d" in group and "betas" in group for group in optimizer.param_groups):
+        if by_lr:
+            yield (
+                f"{name} learns a factor 'd' of its learning rate, and the decay leaves it out: "
+                f"give scale_by=lambda group: group['lr'] * group['d']"
+            )
+        return  # with a 'd' that starts tiny, its steps tell nothing more
+    *_, start, _, _, end = _walk(optimizer)
+    if _distance(end, start) == 0:
+        return
+    if by_lr and _are_alike(_walk(optimizer, lr=2 * LR)[-1], end, start, 0.01):
+        yield (
+            f"{name} makes the same update at any learning rate of its param groups, in proportion "
+            f"to which its weights will decay: give scale_by a callable from the param group to "
+            f"the real one, or 'none'"
+        )
+    still = _walk(optimizer, noise=0.0)
+    if _shrink(still[-1], still[0]) > 3e-6:
+        yield (
+            f"{name} decays its weights also where the weight decay of its param groups is 0, and "
+            f"the decay that is attached comes on top of that"
+        )
+    if any(wd_key(group) is not None for group in optimizer.param_groups):
+        yield from _of_its_own(optimizer, name, by_lr)
+
+
+def _of_its_own(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
+    """What is to be said of an optimizer's own weight decay."""
+    *_, start, first, _, end = _walk(optimizer)
+    if not _are_alike(_walk(optimizer, wd=1e-30)[-1], end, start, 1e-3):
+        yield (
+            f"{name} leaves a part of its update out where its own weight decay is 0, as it is "
+            f"while this one is attached (LARS and LAMB do so with their trust ratio, unless told "
+            f"otherwise)"
+        )
+        return
+    *_, own_first, _, own = _walk(optimizer, wd=WD)
+    factors = dict.fromkeys(range(SETUP, SETUP + 3), 1 - LR * WD)
+    decoupled, l2 = _walk(optimizer, factors=factors)[-1], _walk(optimizer, l2=WD)[-1]
+    if any(_are_alike(own, known, end, 0.1) for known in (decoupled, l2)):
+        return
+    if _are_alike(own, end, start, 1e-4):
+        return  # it makes nothing of it
+    rate, rate_first = _shrink(own, end) / 3, _shrink(own_first, first)
+    if not (rate and math.isclose(rate, rate_first, rel_tol=0.1)):
+        yield (
+            f"{name}'s own weight decay is neither L2 nor decoupled (it may be part of a trust "
+            f"ratio): while this one is attached, what else it does is left out"
+        )
+    elif by_lr:
+        yield (
+            f"{name}'s own weight decay takes {rate / (LR * WD):.3g} times lr * wd in a step: if "
+            f"this one is to do so too, give scale_by a callable from the param group to a number"
+        )
+
+
 def _inner(optimizer: Optimizer) -> str:
     """What to attach the decay to instead of a wrapper, for a message."""
     for attribute, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
             return f"its {attribute!r}"
     return "the optimizer that it wraps, if it wraps one"
-
-
-LR, STEPS, KEPT = 1e-4, 30, 0.4
 
 
 def _undoes_decay(optimizer: Optimizer) -> bool:
@@ -70,23 +150,89 @@ def _undoes_decay(optimizer: Optimizer) -> bool:
     they cannot be built or cannot step, nothing is held against the optimizer.
     """
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            ends = []
-            for factor in (1.0, 0.5):
-                torch.manual_seed(0)
-                twin = _miniature(optimizer, {})
-                for step in range(STEPS):
-                    if step == 3:  # the first ones set up its state
-                        before = [p.detach().clone() for p in _weights(twin)]
-                    _step(twin, factor if step == 3 else 1.0, step)
-                ends.append([p.detach() for p in _weights(twin)])
-            return any(
-                bool(((whole - halved) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
-                for whole, halved, p in zip(*ends, before)
-            )
+        with _quietly():
+            whole = _walk(optimizer, STEPS, lr=SMALL_LR)  # a large one drowns the difference
+            halved = _walk(optimizer, STEPS, lr=SMALL_LR, factors={3: 0.5})
     except Exception:
         return False
+    return any(
+        bool(((a - b) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
+        for p, a, b in zip(whole[3], whole[-1], halved[-1])
+    )
+
+
+def _are_alike(a: Weights, b: Weights, start: Weights, within: float) -> bool:
+    """Whether ``a`` is nearer to ``b`` than ``within`` of what ``b`` is from ``start``."""
+    return _distance(a, b) < within * _distance(b, start)
+
+
+def _shrink(shrunk: Weights, whole: Weights) -> float:
+    """By which part of themselves the weights shrank; 0.0 where that is not all that they did."""
+    part = sum(_dot(w - s, w) for s, w in zip(shrunk, whole)) / sum(_dot(w, w) for w in whole)
+    due = [w * (1 - part) for w in whole]
+    return part if _are_alike(due, shrunk, whole, 0.1) else 0.0
+
+
+def _distance(a: Weights, b: Weights) -> float:
+    return math.sqrt(sum(_dot(x - y, x - y) for x, y in zip(a, b)))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Neither warnings nor a change of the random state reach the user."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _walk(
+    optimizer: Optimizer,
+    steps: int = SETUP + 3,
+    *,
+    lr: float = LR,
+    wd: float = 0.0,
+    factors: Mapping[int, float] = MappingProxyType({}),
+    l2: float = 0.0,
+    noise: float = 1.0,
+) -> list[Weights]:
+    """Where some steps take a miniature of the optimizer; the first ones only set up its state.
+
+    Args:
+        optimizer: The optimizer, which is left alone.
+        steps: Their number.
+        lr: The learning rate of the param groups.
+        wd: After setup, the weight decay of those that have one.
+        factors: From the index of a step to what the weights are multiplied by before its update.
+        l2: After setup, the coefficient of an L2 term of the gradients.
+        noise: What the gradients, the same in each walk, are multiplied by.
+
+    Returns:
+        The weights before the first step and after each.
+
+    Raises:
+        ArithmeticError: They do not stay finite.
+    """
+    torch.manual_seed(0)
+    twin = _miniature(optimizer, {})
+    for group in twin.param_groups:
+        if "lr" in group:  # a warmup may start from 0
+            old = group["lr"]
+            group["lr"] = torch.full_like(old, lr) if isinstance(old, Tensor) else lr
+    trail = [_weights(twin)]
+    closes = "closure" in inspect.signature(type(twin).step).parameters
+    for step in range(steps):
+        in_force = float(step >= SETUP)
+        for group in twin.param_groups:
+            group.update({key: in_force * wd for key in WD_KEYS if key in group})
+        closes = _step(twin, closes, step, factors.get(step, 1.0), in_force * l2, noise)
+        trail.append(_weights(twin))
+    if not all(p.isfinite().all() for p in trail[-1]):
+        raise ArithmeticError
+    return trail
 
 
 def _miniature(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
@@ -108,14 +254,25 @@ def _miniature(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
     for name, value in attributes.items():
         hooks = name.endswith("_hooks")
         vars(twin)[name] = OrderedDict() if hooks else copy.deepcopy(value, memo)
-    for group in twin.param_groups:
-        group.update({key: 0.0 for key in WD_KEYS if key in group})
-        if "lr" in group:  # a warmup may start from 0, and a large one drowns the difference
-            lr = group["lr"]
-            group["lr"] = torch.full_like(lr, LR) if isinstance(lr, torch.Tensor) else LR
+    _thin(twin.param_groups)
     if hasattr(twin, "train"):
         twin.train()
     return twin
+
+
+def _thin(groups: list[dict[str, Any]]) -> None:
+    """Leaves one of the param groups that differ in no more than numbers and weights."""
+    seen = set()
+    for index in reversed(range(len(groups))):
+        settings = [
+            (key, bool(value) if isinstance(value, float) else repr(value))
+            for key, value in groups[index].items()
+            if key not in ("params", "param_names")
+        ]
+        kind = tuple(settings), tuple(p.ndim for p in groups[index]["params"])
+        if kind in seen:
+            del groups[index]
+        seen.add(kind)
 
 
 def _tiny(ndim: int) -> torch.nn.Parameter:
@@ -125,25 +282,33 @@ def _tiny(ndim: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(weights.reshape((2,) * ndim))
 
 
-def _weights(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _weights(optimizer: Optimizer) -> Weights:
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
-def _step(twin: Optimizer, factor: float, seed: int) -> None:
-    """A step of which the first evaluation of the closure ends with a decay by ``factor``."""
+def _step(twin: Optimizer, closes: bool, seed: int, factor: float, l2: float, noise: float) -> bool:
+    """A step of which the first evaluation of the closure ends with a decay by ``factor``.
+
+    Returns:
+        Whether it was given a closure, as ``closes`` wants it, and made something of it.
+    """
     factors = [factor]
 
-    def closure() -> torch.Tensor:
+    def closure() -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        for p in _weights(twin):
-            p.grad = torch.randn(p.shape, generator=generator, device="cpu")
-            p.data.mul_(factors[0] if factors else 1.0)
+        for group in twin.param_groups:
+            for p in group["params"]:
+                gradient = torch.randn(p.shape, generator=generator, device="cpu")
+                p.grad = noise * gradient + l2 * p.detach()
+                p.data.mul_(factors[0] if factors else 1.0)
         factors.clear()
         return torch.zeros(())
 
     step = type(twin).step.__wrapped__  # type: ignore[attr-defined]  # without hooks for all optimizers
-    if "closure" in inspect.signature(step).parameters:
+    if closes:
         step(twin, closure=closure)
-    if factors:  # it takes no closure, or makes nothing of it
+    if factors:
         closure()
         step(twin)
+        return False
+    return closes

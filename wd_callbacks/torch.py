@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +26,7 @@ from wd_callbacks.selection import Selection
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+DYNAMO = ("torch._compile", "torch._dynamo.eval_frame")  # where torch.compile leaves hooks alone
 WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
 
@@ -122,6 +124,8 @@ class DecoupledWD:
             warn=self._warn,
         )
         arguments.check_groups(self._groups())
+        for remark in probe.remarks(self.optimizer, arguments.follows_lr):
+            self._warn(remark)
         self._frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
         self._attach()
@@ -167,12 +171,13 @@ class DecoupledWD:
 
     # Events of the optimizer, in firing order
 
+    @_disable_dynamo  # traced, a coefficient would be a constant to be compiled anew
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _is_running(self._frame):
             return None  # `step` called `super().step()`
-        self._frame = sys._getframe(1)
+        self._frame = _caller()
         if self.steps == 0:
             self._show()
         found_inf = getattr(optimizer, "found_inf", None)
@@ -185,8 +190,9 @@ class DecoupledWD:
         )
         return (optimizer, *args), kwargs
 
+    @_disable_dynamo
     def _after_step(self, *_: object) -> None:
-        if sys._getframe(1) is self._frame:
+        if _caller() is self._frame:
             self._end_step()
 
     def _before_state_dict(self, _: Optimizer) -> None:
@@ -282,6 +288,14 @@ def unwrapped(optimizer: Any) -> Any:
     while any(cls.__name__ in WRAPPERS for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _caller() -> FrameType | None:
+    """The frame that runs the hooks."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in DYNAMO:
+        frame = frame.f_back
+    return frame
 
 
 def _is_running(frame: FrameType | None) -> bool:

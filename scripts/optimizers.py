@@ -1,0 +1,140 @@
+"""What attaching the decay says about the optimizers of torch, fastai, timm and other packages.
+
+Each is built for a matrix and a vector, with its own defaults, and a ``DecoupledWD`` is attached to
+it; the table lists what was said. What its package cannot build here (for a GPU, or with more
+arguments) is counted, and so is a package that is not installed::
+
+    python scripts/optimizers.py             # a Markdown table, as in docs/optimizers.md
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from wd_callbacks.torch import DecoupledWD
+
+Make = Callable[..., Any]
+
+
+def of_module(module: str) -> Iterator[tuple[str, Make]]:
+    """The optimizers among the names of a module."""
+    for name, value in vars(importlib.import_module(module)).items():
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
+            yield name, value
+
+
+def of_timm(module: str) -> Iterator[tuple[str, Make]]:
+    """The optimizers that timm knows by name, with the arguments that go with the name."""
+    timm = importlib.import_module(module)
+    for name in timm.list_optimizers():
+        yield name, lambda params, name=name: timm.create_optimizer_v2(params, name)
+
+
+def of_pytorch_optimizer(module: str) -> Iterator[tuple[str, Make]]:
+    """The optimizers that pytorch_optimizer knows by name."""
+    package = importlib.import_module(module)
+    for name in package.get_supported_optimizers():
+        yield name, package.load_optimizer(name)
+
+
+PACKAGES = {
+    "torch.optim": of_module,
+    "timm.optim": of_timm,
+    "pytorch_optimizer": of_pytorch_optimizer,
+    "optimi": of_module,
+    "schedulefree": of_module,
+    "prodigyopt": of_module,
+}
+
+
+def build(make: Make) -> Optimizer:
+    """An optimizer of a matrix and a vector, or of a matrix alone, or around SGD."""
+    params = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
+    sgd = torch.optim.SGD(params, lr=0.1)
+    for args in ({"lr": 1e-2}, {}):
+        for of in (params, params[:1], sgd):
+            try:
+                return make(of, **args)
+            except Exception as error:
+                found = error
+    raise found
+
+
+def said_of(make: Make) -> str:
+    """What attaching a decay to it says: a refusal, remarks, or nothing."""
+    optimizer = build(make)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            DecoupledWD(optimizer, 0.1)
+        except ValueError as error:
+            return f"**refused**: {error}".replace(type(optimizer).__name__, "it", 1)
+    remarks = dict.fromkeys(str(warning.message) for warning in caught)
+    return "; ".join(remarks).replace(type(optimizer).__name__, "it")
+
+
+def said_by_fastai(make: Make) -> str:
+    """What the callback says of one of fastai's own optimizers when a fit starts."""
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+
+    from wd_callbacks.fastai import DecoupledWD as Callback
+
+    data = [(torch.ones(2), torch.ones(1))] * 4
+    dls = DataLoaders.from_dsets(data, data, bs=2, device="cpu")
+    learn = Learner(dls, nn.Linear(2, 1), nn.functional.mse_loss, opt_func=make)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, cbs=Callback(0.1))
+    said = [w for w in caught if "wd_callbacks" in w.filename or "DecoupledWD" in str(w.message)]
+    return "; ".join(str(warning.message) for warning in said)
+
+
+def main() -> None:
+    """Tries them and prints the table."""
+    told: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    unbuilt: dict[str, list[str]] = defaultdict(list)
+    trials = [(package, found, said_of) for package, found in PACKAGES.items()]
+    for package, found, ask in trials:
+        try:
+            listed = list(found(package))
+        except ImportError:
+            print(f"{package} is not installed\n")
+            continue
+        for name, make in listed:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    said = ask(make)
+            except Exception:
+                unbuilt[package].append(name)
+            else:
+                told[said][package].append(name)
+    try:
+        from fastai import optimizer
+    except ImportError:
+        print("fastai is not installed\n")
+    else:
+        for name in ("SGD", "RMSProp", "Adam", "RAdam", "QHAdam", "Larc", "Lamb", "ranger"):
+            told[said_by_fastai(getattr(optimizer, name))]["fastai"].append(name)
+    count = sum(len(names) for packages in told.values() for names in packages.values())
+    print(f"{count} optimizers were tried.\n")
+    print("| said | of |\n| --- | --- |")
+    for said in sorted(told, key=lambda said: (said.startswith("**"), said)):
+        of = "; ".join(f"{package}: {', '.join(n)}" for package, n in told[said].items())
+        print(f"| {said or 'nothing'} | {of} |")
+    left = "; ".join(f"{package}: {', '.join(names)}" for package, names in unbuilt.items())
+    print(f"\nNot built here: {left}.")
+
+
+if __name__ == "__main__":
+    main()
