@@ -1,6 +1,6 @@
 """What attaching the decay says about the optimizers of torch, fastai, timm and other packages.
 
-Each is built for a matrix and a vector, with its own defaults, and a ``DecoupledWD`` is attached to
+Each is built for a matrix and a vector, and a ``DecoupledWD`` is attached to
 it; the table lists what was said. What its package cannot build here (for a GPU, or with more
 arguments) is counted, and so is a package that is not installed::
 
@@ -10,9 +10,12 @@ arguments) is counted, and so is a package that is not installed::
 from __future__ import annotations
 
 import importlib
+import io
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -76,9 +79,16 @@ def said_of(make: Make) -> str:
         try:
             DecoupledWD(optimizer, 0.1)
         except ValueError as error:
-            return f"**refused**: {error}".replace(type(optimizer).__name__, "it", 1)
+            return anonymous(f"**refused**: {error}", optimizer)
     remarks = dict.fromkeys(str(warning.message) for warning in caught)
-    return "; ".join(remarks).replace(type(optimizer).__name__, "it")
+    return anonymous("; ".join(remarks), optimizer)
+
+
+def anonymous(said: str, optimizer: Optimizer) -> str:
+    """What was said without the optimizer's name and numbers, as it is said of others too."""
+    name = type(optimizer).__name__
+    said = said.replace(f"{name}'s", "its").replace(name, "it")
+    return re.sub(r"takes [\d.e-]+ times", "takes N times", said)
 
 
 def said_by_fastai(make: Make) -> str:
@@ -103,8 +113,7 @@ def main() -> None:
     """Tries them and prints the table."""
     told: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     unbuilt: dict[str, list[str]] = defaultdict(list)
-    trials = [(package, found, said_of) for package, found in PACKAGES.items()]
-    for package, found, ask in trials:
+    for package, found in PACKAGES.items():
         try:
             listed = list(found(package))
         except ImportError:
@@ -112,9 +121,9 @@ def main() -> None:
             continue
         for name, make in listed:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                     warnings.simplefilter("ignore")
-                    said = ask(make)
+                    said = said_of(make)
             except Exception:
                 unbuilt[package].append(name)
             else:

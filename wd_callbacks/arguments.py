@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from wd_callbacks.schedules import Run, Schedule, Timescale, resolved
+from wd_callbacks.checks import TEXT, as_float, check_number, is_sequence, number
+from wd_callbacks.schedules import Run, Schedule, Timescale, is_schedule, resolved
 from wd_callbacks.selection import check_entry
 
 Group: TypeAlias = MutableMapping[str, Any]
@@ -29,10 +31,10 @@ def wd_key(group: Group) -> str | None:
     return None
 
 
-def own_wd(group: Group) -> float:
-    """The optimizer's own weight decay of ``group``; 0.0 where it has none."""
+def own_wd(index: int, group: Group) -> float:
+    """The optimizer's own weight decay of param group ``index``; 0.0 where it has none."""
     key = wd_key(group)
-    return 0.0 if key is None else number(group[key], f"a param group's {key!r}")
+    return 0.0 if key is None else number(group[key], f"param group {index}: {key}")
 
 
 def index_dict_entry(wd: Any, index: int, indices: Sequence[int]) -> Any:
@@ -87,8 +89,10 @@ class Arguments:
         for entry in entries:
             check_entry(entry)
         object.__setattr__(self, "exclude", entries)
+        if not isinstance(self.verbose, int | None):
+            raise TypeError(f"verbose must be True or False, got {self.verbose!r}")
         if self.quantum is not None:
-            _check_number("quantum", self.quantum)
+            check_number("quantum", self.quantum)
             if self.quantum >= 1:
                 raise ValueError(f"quantum must be below 1, got {self.quantum!r}")
 
@@ -110,7 +114,7 @@ class Arguments:
 
     def resolved(self, run: Run, peaks: Sequence[float | None]) -> Arguments:
         """With everything in the schedules known that depends on the run and the groups' peaks."""
-        wds = self.wd if _is_sequence(self.wd) else [self.wd] * len(peaks)
+        wds = self.wd if is_sequence(self.wd) else [self.wd] * len(peaks)
         known = [
             resolved(wd, replace(run, peak=self._scale_at(index, peak))) if callable(wd) else wd
             for index, (wd, peak) in enumerate(zip(wds, peaks))
@@ -128,7 +132,7 @@ class Arguments:
     @property
     def spares_no_decay_groups(self) -> bool:
         """Whether groups with a weight decay of 0 keep it: ``wd`` has one value for all groups."""
-        return self.wd is not None and not _is_sequence(self.wd)
+        return self.wd is not None and not is_sequence(self.wd)
 
     def check_groups(self, groups: Sequence[Group]) -> None:
         """Checks the arguments against the groups of an optimizer.
@@ -139,7 +143,7 @@ class Arguments:
         """
         for name in ("wd", "scale_by", "max_lr"):
             value = getattr(self, name)
-            if _is_sequence(value) and len(value) != len(groups):
+            if is_sequence(value) and len(value) != len(groups):
                 raise ValueError(
                     f"{name} has {len(value)} values, but the optimizer has {len(groups)} param "
                     f"groups: give one value per group, or a single one for all"
@@ -159,7 +163,7 @@ class Arguments:
 
     def scale(self, index: int) -> Any:
         """The ``scale_by`` of param group ``index``."""
-        return self.scale_by[index] if _is_sequence(self.scale_by) else self.scale_by
+        return self.scale_by[index] if is_sequence(self.scale_by) else self.scale_by
 
     def coefficients(self, groups: Sequence[Group], progress: float) -> list[float]:
         """The coefficient of each param group at ``progress`` in [0, 1].
@@ -168,9 +172,9 @@ class Arguments:
             ValueError: One is negative, NaN or infinite.
         """
         if self.wd is None:
-            own = list(map(own_wd, groups))
+            own = list(itertools.starmap(own_wd, enumerate(groups)))
             return [_checked(wd, f"the weight decay of group {i}") for i, wd in enumerate(own)]
-        if not _is_sequence(self.wd):
+        if not is_sequence(self.wd):
             return [_at(self.wd, progress, "wd")] * len(groups)
         return [_at(wd, progress, f"wd[{index}]") for index, wd in enumerate(self.wd)]
 
@@ -186,9 +190,9 @@ class Arguments:
             ValueError: It is not above 0, and ``scale_by`` divides by it.
         """
         if self.max_lr is not None:
-            return float(self.max_lr[index] if _is_sequence(self.max_lr) else self.max_lr)
+            return float(self.max_lr[index] if is_sequence(self.max_lr) else self.max_lr)
         if known is None:
-            keys = [key for key in ("max_lr", "initial_lr", "lr") if key in group]
+            keys = [k for k in ("max_lr", "initial_lr", "lr") if group.get(k) is not None]
             value = group[keys[0]] if keys else math.nan
             if isinstance(value, Tensor) and not value.is_cpu and not self._needs_peak(index):
                 return None  # asking would synchronize
@@ -203,7 +207,7 @@ class Arguments:
         return known
 
     def _needs_peak(self, index: int) -> bool:
-        wd = self.wd[index] if _is_sequence(self.wd) else self.wd
+        wd = self.wd[index] if is_sequence(self.wd) else self.wd
         return self.scale(index) in ("lr_ratio", "lr_squared") or hasattr(wd, "resolved")
 
     def record(self) -> dict[str, Any]:
@@ -229,20 +233,6 @@ def _at(wd: Any, progress: float, name: str) -> float:
     return _checked(value, f"the schedule {name} = {wd!r} at progress {progress:g}")
 
 
-def number(value: Any, source: str) -> float:
-    """The float that ``value``, which came from the user's code, stands for.
-
-    Raises:
-        TypeError: It is none; the message names the ``source``.
-    """
-    try:
-        if isinstance(value, (str, bool)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{source} is {value!r}, expected a number") from None
-
-
 def _checked(value: Any, source: str) -> float:
     coefficient = number(value, source)
     if not (math.isfinite(coefficient) and coefficient >= 0):
@@ -251,7 +241,9 @@ def _checked(value: Any, source: str) -> float:
 
 
 def _is_listed(exclude: Any) -> bool:
-    return isinstance(exclude, Collection) and not isinstance(exclude, (str, Mapping))
+    # A tensor or an array of no dimension is a Collection that cannot be iterated over.
+    is_text = isinstance(exclude, (*TEXT, Mapping))
+    return isinstance(exclude, Collection) and not is_text and getattr(exclude, "ndim", 1) > 0
 
 
 def _name(entry: Any) -> str | None:
@@ -259,17 +251,13 @@ def _name(entry: Any) -> str | None:
     return f"{entry.__module__}.{entry.__qualname__}" if isinstance(entry, type) else None
 
 
-def _is_sequence(value: Any) -> bool:
-    return not isinstance(value, str) and isinstance(value, Sequence)
-
-
 def _as_sequence(value: Any) -> Sequence[Any]:
-    return value if _is_sequence(value) else [value]
+    return value if is_sequence(value) else [value]
 
 
 def _each(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
     """Checks ``value``, or each of its elements where it is a sequence."""
-    if not _is_sequence(value):
+    if not is_sequence(value):
         return check(name, value)
     if len(value) == 0:
         raise ValueError(f"{name} is an empty sequence, expected one value per param group")
@@ -293,20 +281,13 @@ def _check_wd(name: str, wd: Any) -> None:
 
 
 def _check_coefficient(name: str, value: Any) -> None:
-    if not callable(value):
-        _check_number(name, value, "a number or a schedule (a callable from progress)")
-
-
-def _check_number(name: str, value: Any, expected: str = "a number") -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
-    if not (math.isfinite(value) and float(value) >= 0):
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    if not is_schedule(value):
+        check_number(name, value, "a number or a schedule (a callable from progress)")
 
 
 def _check_peak(name: str, value: Any) -> None:
-    _check_number(name, value)
-    if value == 0:
+    check_number(name, value)
+    if as_float(value) == 0:
         raise ValueError(f"{name} must be above 0: the learning rate is divided by it")
 
 
@@ -323,7 +304,7 @@ def _check_scale(name: str, value: Any) -> None:
 
 
 def _sampled(value: Any, sample: Callable[[Callable[[Any], Any]], Any]) -> Any:
-    if _is_sequence(value):
+    if is_sequence(value):
         return [_sampled(element, sample) for element in value]
     if callable(value):
         return sample(value)

@@ -14,12 +14,13 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from wd_callbacks.arguments import Arguments, Group, number, own_wd, wd_key
 from wd_callbacks.description import Description, Row
@@ -96,11 +97,10 @@ class Cohort:
 
 @dataclass
 class Account:
-    """What the parameters of one param group owe, in cohorts of those that had a gradient last."""
+    """What a param group owes, in cohorts of those of its parameters that had a gradient last."""
 
     with_grad: list[Tensor] = field(default_factory=list)
     cohorts: list[Cohort] = field(default_factory=list)
-    dormant: dict[Tensor, Debt] = field(default_factory=dict)
     due: float = 0.0  # of parameters with a gradient at every step, as -log of the factor
     known: bool = True  # to the host: what was due, and that the steps have happened
 
@@ -111,10 +111,6 @@ class Account:
             and all(map(operator.is_, with_grad, self.with_grad))
             and all(cohort.is_current() for cohort in self.cohorts)
         )
-
-    def debts(self) -> dict[Tensor, Debt]:
-        """What each parameter owes."""
-        return self.dormant | {p: cohort.debt for cohort in self.cohorts for p in cohort.params}
 
 
 class Decay:
@@ -148,6 +144,7 @@ class Decay:
         self._no_decay: list[bool] = []
         self._has_started = False
         self._accounts: list[Account] = []
+        self._dormant: dict[Tensor, Debt] = {}  # of parameters that had no gradient last
         self._lent: list[tuple[Group, str, Any]] = []
         self.attached = True  # cleared by a closure that detaches it
 
@@ -206,13 +203,20 @@ class Decay:
             result = closure(*args, **kwargs)
             if not self.attached:
                 return result
-            if due:
-                self.apply(groups(), progress(), found_inf)
-                due = False
-            self.lend(groups())
+            self._follow(groups, progress if due else None, found_inf)
+            due = False
             return result
 
         return evaluate
+
+    @_disable_dynamo  # the closure itself may be compiled
+    def _follow(
+        self, groups: Groups, progress: Callable[[], float] | None, found_inf: Tensor | None
+    ) -> None:
+        """What comes after an evaluation of the closure: the decay, if it is due, and the loan."""
+        if progress is not None:
+            self.apply(groups(), progress(), found_inf)
+        self.lend(groups())
 
     def apply(
         self, groups: Sequence[Group], progress: float, found_inf: Tensor | None = None
@@ -230,10 +234,11 @@ class Decay:
         self.meet(groups)
         self.coefficients = self._coefficients(groups, progress)
         # All of them before the first weight is touched: any of them may be refused.
-        shrinks = map(self._shrink, itertools.count(), self.coefficients, groups)
+        shrinks = list(map(self._shrink, itertools.count(), self.coefficients, groups))
+        self._open(groups)
         payers = [
-            (self._opened(index, groups), shrink)
-            for index, shrink in enumerate(list(shrinks))
+            (account, shrink)
+            for account, shrink in zip(self._accounts, shrinks)
             if isinstance(shrink.amount, Tensor) or shrink.amount > 0
         ]
         self._check_capture(payers)
@@ -277,6 +282,7 @@ class Decay:
                 self._lent.append((group, key, group[key]))
                 group[key] = _LENT
 
+    @_disable_dynamo
     def give_back(self) -> None:
         """Restores what ``lend`` replaced, unless something else has been set since."""
         for group, key, value in self._lent:
@@ -295,6 +301,7 @@ class Decay:
         if len(groups) == len(self._accounts):
             return
         self.arguments.check_groups(groups)
+        self._dormant = self._debts()
         del self._accounts[len(groups) :], self._no_decay[len(groups) :]
         known = [*self.lr_max, *[None] * len(groups)]
         self.lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
@@ -355,22 +362,23 @@ class Decay:
 
     # Who pays
 
-    def _opened(self, index: int, groups: Sequence[Group]) -> Account:
-        """The account of the parameters of a group that the optimizer is about to update."""
-        account = self._accounts[index]
-        with_grad = [p for p in groups[index]["params"] if p.grad is not None]
-        if not account.is_current(with_grad):
-            elsewhere = {id(p) for group in groups[:index] for p in group["params"]}
-            account = self._accounts[index] = self._reopened(account, with_grad, elsewhere)
-        return account
+    def _open(self, groups: Sequence[Group]) -> None:
+        """Opens new accounts where the parameters that will be updated are not those of before."""
+        with_grad = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        if all(map(Account.is_current, self._accounts, with_grad)):
+            return
+        debts = self._debts()
+        seen: set[Tensor] = set()
+        self._dormant = {p: debts[p] for group in groups for p in group["params"] if p in debts}
+        for account, params in zip(self._accounts, with_grad):
+            account.with_grad = params
+            account.cohorts = self._cohorts(p for p in params if p not in seen)
+            seen.update(params)
 
-    def _reopened(self, account: Account, with_grad: list[Tensor], elsewhere: set[int]) -> Account:
-        """A new account for the parameters ``with_grad``, with the debts of the old one."""
-        debts = account.debts()
+    def _cohorts(self, params: Iterable[Tensor]) -> list[Cohort]:
+        """Those of ``params`` that decay, which take their debts along."""
         cohorts: dict[Any, Cohort] = {}
-        for p in dict.fromkeys(with_grad):
-            if id(p) in elsewhere or not self._may_decay(p):
-                continue
+        for p in filter(self._may_decay, dict.fromkeys(params)):
             assert p.grad is not None
             if p.grad.layout != torch.strided:
                 self._say(
@@ -380,17 +388,22 @@ class Decay:
             quantum = self.arguments.quantum
             if quantum is None:
                 quantum = HALF_QUANTA.get(p.dtype, QUANTUM)
-            kind, debt = _kind(p), debts.pop(p, Debt())
+            kind, debt = _kind(p), self._dormant.pop(p, Debt())
             cohort = cohorts.setdefault((kind, debt), Cohort(kind, [], quantum, debt))
             cohort.params.append(p)
-        return Account(with_grad, list(cohorts.values()), debts, account.due, account.known)
+        return list(cohorts.values())
+
+    def _debts(self) -> dict[Tensor, Debt]:
+        """What each parameter owes."""
+        cohorts = [cohort for account in self._accounts for cohort in account.cohorts]
+        return self._dormant | {p: cohort.debt for cohort in cohorts for p in cohort.params}
 
     def _start(self, groups: Sequence[Group]) -> None:
         """Warns if the first step that has gradients leaves every weight alone."""
         self._has_started = any(p.grad is not None for group in groups for p in group["params"])
         if self._has_started and not any(
-            self._opened(index, groups).cohorts
-            for index, group in enumerate(groups)
+            account.cohorts
+            for index, (account, group) in enumerate(zip(self._accounts, groups))
             if not (self._no_decay[index] or (self.arguments.wd is None and own_wd(group) == 0))
         ):
             self._say(
@@ -419,7 +432,7 @@ class Decay:
     def _row(self, index: int, group: Group, coefficient: float, label: str) -> Row:
         account, params = self._accounts[index], list(dict.fromkeys(group["params"]))
         decaying = [] if self._no_decay[index] else list(filter(self._may_decay, params))
-        debts = account.debts()
+        debts = self._debts()
         owed = sum(debts.get(p, Debt()).owed for p in decaying) / max(len(decaying), 1)
         amount, scale = self._shrink(index, coefficient, group).amount, self.arguments.scale(index)
         numbers = [sum(p.numel() for p in some) for some in (params, decaying)]
@@ -442,9 +455,9 @@ class Decay:
         """What is owed and what was taken once, as plain numbers, with the arguments they serve."""
         new = [Account() for _ in groups[len(self._accounts) :]]
         accounts = [*self._accounts, *new] if self._accounts else []
+        owed = self._debts()
         debts = [
-            [account.debts().get(p, Debt()) for p in group["params"]]
-            for account, group in zip(accounts, groups)
+            [owed.pop(p, Debt()) for p in group["params"]] for _, group in zip(accounts, groups)
         ]
         return {
             "arguments": self._resolved.record(),
@@ -471,6 +484,7 @@ class Decay:
                     f"{sizes}"
                 )
         self._accounts.clear()
+        self._dormant.clear()
         if state["owed"]:  # else it was saved before the first step, when nothing was taken
             spares = self.arguments.spares_no_decay_groups
             self._no_decay = [spares and bool(no_decay) for no_decay in state["no_decay"]]
@@ -480,7 +494,8 @@ class Decay:
         self.tell_changes(state["arguments"], self._resolved.record())
         rows = zip(state["owed"], state["payments"], state["due"])
         for account, group, (owed, payments, due) in zip(self._accounts, groups, rows):
-            account.dormant = dict(zip(group["params"], map(Debt, owed, payments)))
+            for p, debt in zip(group["params"], map(Debt, owed, payments)):
+                self._dormant.setdefault(p, debt)  # a tied one's stands where it is listed first
             account.due = due
 
     def tell_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wd_callbacks.arguments import Arguments
+from wd_callbacks.checks import check_count, number
 from wd_callbacks.decay import Decay
 from wd_callbacks.schedules import Run
 
@@ -62,9 +63,8 @@ def plan(
         >>> planned.shrinks, [round(left, 4) for left in planned.left]
         ([0.05, 0.05], [0.95, 0.9025])
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
-    lrs = [float(lr(i / steps) if callable(lr) else lr) for i in range(steps)]
+    check_count("steps", steps)
+    lrs = [number(lr(i / steps) if callable(lr) else lr, "lr") for i in range(steps)]
     arguments = Arguments(wd, scale_by, max_lr=max(lrs) if max_lr is None else max_lr)
     decay = Decay(arguments, run=Run(steps, steps_per_epoch))
     rows = [decay.preview([{"params": [], "lr": lr}], i / steps)[0] for i, lr in enumerate(lrs)]

@@ -13,11 +13,12 @@ a coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from numbers import Real
 from typing import Any
+
+from wd_callbacks.checks import as_float, check_count, check_number
 
 Schedule = Callable[[float], float]
 
@@ -99,12 +100,13 @@ class Exponential:
     end: float
 
     def __post_init__(self) -> None:
-        _check(self, "start", "end", above_zero=True)
+        _check(self, "start", "end", above=0)
 
     def __call__(self, progress: float) -> float:
         """The coefficient at ``progress``."""
         progress = _clamped(progress)
-        return float(self.start ** (1 - progress) * self.end**progress)
+        value = self.start ** (1 - progress) * self.end**progress
+        return _limited(value, self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         _check(self, "start", "end")
-        _check(self, "power", above_zero=True)
+        _check(self, "power", above=0)
 
     def __call__(self, progress: float) -> float:
         """The coefficient at ``progress``."""
@@ -161,8 +163,8 @@ class Steps:
         if not isinstance(self.values, Mapping):
             raise TypeError(f"Steps: values must be a dict, got {self.values!r}")
         for begin, value in self.values.items():
-            _check_number("Steps", "a key of values", begin)
-            _check_number("Steps", f"values[{begin!r}]", value)
+            check_number("Steps: a key of values", begin)
+            check_number(f"Steps: values[{begin!r}]", value)
             if begin >= 1:
                 raise ValueError(f"Steps: a key of values must be below 1, got {begin!r}")
         if 0 not in self.values:
@@ -196,14 +198,16 @@ class Join:
 
     def __post_init__(self) -> None:
         pieces = []
+        if not isinstance(self.pieces, Iterable):
+            raise TypeError(f"Join: pieces must be a sequence of pairs, got {self.pieces!r}")
         for piece in self.pieces:
-            if not (isinstance(piece, Sequence) and len(piece) == 2 and callable(piece[1])):
+            if not (isinstance(piece, Sequence) and len(piece) == 2 and is_schedule(piece[1])):
                 raise TypeError(
                     f"Join: pieces must be pairs of a fraction and a schedule, got {piece!r}"
                 )
-            _check_number("Join", "a fraction of pieces", piece[0], above_zero=True)
+            check_number("Join: a fraction of pieces", piece[0], above=0)
             pieces.append((piece[0], piece[1]))
-        total = math.fsum(fraction for fraction, _ in pieces)
+        total = sum(float(fraction) for fraction, _ in pieces)
         if not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"Join: the fractions of pieces must add up to 1, got {total:g}")
         object.__setattr__(self, "pieces", tuple(pieces))
@@ -228,7 +232,7 @@ class Restarts:
 
     Args:
         schedule: What each cycle follows from its start to its end.
-        cycles: Number of cycles, at least 1.
+        cycles: Number of cycles, at least 1 and at most a million.
         mult: How many times as long as the one before a cycle is, finite and above 0.
 
     Raises:
@@ -245,13 +249,16 @@ class Restarts:
     mult: float = 1
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule):
+        if not is_schedule(self.schedule):
             raise TypeError(f"Restarts: schedule must be a schedule, got {self.schedule!r}")
-        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+        check_count("Restarts: cycles", self.cycles, most=MOST_CYCLES)
+        object.__setattr__(self, "cycles", int(self.cycles))
+        _check(self, "mult", above=0)
+        if abs(math.log(self.mult)) * (self.cycles - 1) > math.log(MOST_TIMES):
             raise ValueError(
-                f"Restarts: cycles must be a whole number of at least 1, got {self.cycles!r}"
+                f"Restarts: with mult {self.mult!r} and {self.cycles} cycles the longest is more "
+                f"than {MOST_TIMES:g} times as long as the shortest"
             )
-        _check(self, "mult", above_zero=True)
 
     def __call__(self, progress: float) -> float:
         """The coefficient at ``progress``."""
@@ -360,7 +367,10 @@ class Timescale(_Resolvable):
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("Timescale: give epochs or steps, one of the two")
-        _check(self, "steps" if self.epochs is None else "epochs", above_zero=True)
+        if self.epochs is None:
+            _check(self, "steps", above=1)
+        else:
+            _check(self, "epochs", above=0)
 
     def resolved(self, run: Run) -> Linear:
         """The coefficient in ``run``, as a schedule that keeps it."""
@@ -377,8 +387,14 @@ class Timescale(_Resolvable):
                     f"steps instead of epochs, or in a plain loop steps_per_epoch"
                 )
             steps = self.epochs * run.steps_per_epoch
+            check_number(f"Timescale: the steps of {self.epochs!r} epochs", steps, above=1)
         assert steps is not None
         return _constant(1 / (steps * run.peak))
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether ``value`` can be called for a coefficient; a class gives a schedule first."""
+    return callable(value) and not isinstance(value, type)
 
 
 def resolved(schedule: Schedule, run: Run) -> Schedule:
@@ -388,6 +404,7 @@ def resolved(schedule: Schedule, run: Run) -> Schedule:
 
 
 TOLERANCE = 1e-9  # ten tenths do not add up to 1 in floating point
+MOST_CYCLES, MOST_TIMES = 10**6, 1e200  # beyond, a cycle is too short to be told from none
 
 
 def _constant(value: float) -> Linear:
@@ -395,22 +412,21 @@ def _constant(value: float) -> Linear:
 
 
 def _clamped(progress: float) -> float:
+    if math.isnan(progress):
+        raise ValueError("progress is nan, expected a number in [0, 1]")
     return min(max(float(progress), 0.0), 1.0)
 
 
 def _between(start: float, end: float, weight: float) -> float:
     """From ``start`` to ``end``, both exact."""
-    return start * (1 - weight) + end * weight
+    return _limited(start * (1 - weight) + end * weight, start, end)
 
 
-def _check(schedule: Any, *names: str, above_zero: bool = False) -> None:
+def _limited(value: float, *ends: float) -> float:
+    """``value``, which rounding may have carried past one of the ``ends``."""
+    return float(min(max(value, min(ends)), max(ends)))
+
+
+def _check(schedule: Any, *names: str, above: float | None = None) -> None:
     for name in names:
-        _check_number(type(schedule).__name__, name, getattr(schedule, name), above_zero)
-
-
-def _check_number(cls: str, name: str, value: Any, above_zero: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{cls}: {name} must be a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value) or float(value) < 0 or (above_zero and value == 0):
-        limit = "above 0" if above_zero else "at least 0"
-        raise ValueError(f"{cls}: {name} must be finite and {limit}, got {value!r}")
+        check_number(f"{type(schedule).__name__}: {name}", getattr(schedule, name), above=above)

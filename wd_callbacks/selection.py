@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class Selection:
         warn: Where warnings go.
 
     Raises:
+        TypeError: The model is none, or its ``no_weight_decay()`` gives no names.
         ValueError: An entry matches nothing, or there is no model to match with.
 
     Example:
@@ -53,6 +54,8 @@ class Selection:
         self._model = model
         self._warn = warn
         self._decays: dict[Tensor, bool] = {}
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if exclude:
             if model is None:
                 raise ValueError("exclude needs the names of the parameters: give model")
@@ -154,16 +157,23 @@ def _is_marked(model: nn.Module) -> Match:
     for module in model.modules():
         names = getattr(module, "no_weight_decay", None)
         if callable(names):
-            own = dict(module.named_parameters(remove_duplicate=False))
-            listed |= {id(own[name]) for name in names() if name in own}
+            found, own = names(), dict(module.named_parameters(remove_duplicate=False))
+            if not isinstance(found, Iterable):
+                raise TypeError(
+                    f"no_weight_decay() of {type(module).__name__} gave {found!r}, expected names "
+                    f"of parameters"
+                )
+            listed |= {id(own[name]) for name in found if name in own}
     return lambda name, p, modules: bool(getattr(p, "_no_weight_decay", False)) or id(p) in listed
 
 
 def _module_type(path: str) -> type[nn.Module] | None:
     """The module type at a dotted path; None if there is none."""
     package, _, name = path.rpartition(".")
+    if not package or path.startswith("."):  # the latter would be imported as a relative path
+        return None
     try:
-        found = getattr(importlib.import_module(package), name, None) if package else None
+        found = getattr(importlib.import_module(package), name, None)
     except ImportError:
         return None
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None

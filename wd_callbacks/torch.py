@@ -102,8 +102,8 @@ class DecoupledWD:
         probe.check_hooks(self.optimizer)
         check_undecayed(self.optimizer)
         probe.check_weights(self.optimizer)
-        _check_count("total_steps", total_steps)
-        _check_count("steps_per_epoch", steps_per_epoch)
+        check_count("total_steps", total_steps)
+        check_count("steps_per_epoch", steps_per_epoch)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a callable without arguments, got {progress!r}")
         arguments = Arguments(
@@ -264,13 +264,6 @@ class DecoupledWD:
         vars(self).update(state)
         if attached:
             self._attach()
-
-
-def _check_count(name: str, value: Any) -> None:
-    if value is not None and not (
-        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-    ):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_undecayed(optimizer: Optimizer) -> None:
