@@ -248,6 +248,7 @@ def lookahead(params, lr, **kwargs):
     return Lookahead(Adam(params, lr, **kwargs), k=3)
 
 
+@pytest.mark.filterwarnings("ignore:.*takes `wd` into its update")
 @pytest.mark.parametrize("wd_bn_bias", [False, True])
 @pytest.mark.parametrize(
     "opt_func",
@@ -795,6 +796,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*takes `wd` into its update")
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt], ids=["error", "interrupt"])
 @pytest.mark.parametrize("as_cbs", [False, True])
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)

@@ -48,14 +48,19 @@ def test_closed_forms():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"wd": 0.1, "lr": 0.1, "steps": 0}, "steps must be at least 1, got 0"),
+        ({"wd": 0.1, "lr": 0.1, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        (
+            {"wd": 0.1, "lr": 0.1, "steps": "9"},
+            "steps must be a whole number of at least 1, got '9'",
+        ),
+        ({"wd": 0.1, "lr": lambda p: None, "steps": 4}, "lr is None, expected a number"),
         ({"wd": -0.1, "lr": 0.1, "steps": 9}, "wd must be finite and at least 0"),
         ({"wd": 20, "lr": 0.1, "steps": 9}, "param group 0: a step would shrink its weights by 2"),
         ({"wd": lambda p: 0.5 - p, "lr": 0.1, "steps": 4}, r"at progress 0\.75 is -0\.25"),
     ],
 )
 def test_nonsense_is_refused(arguments, message):  # P10
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         plan(**arguments)
 
 

@@ -52,6 +52,7 @@ def without_own_wd(case):
 
 
 @every_optimizer
+@pytest.mark.filterwarnings("ignore:ASGD decays its weights also")
 @pytest.mark.parametrize("closure", [False, True], ids=["step()", "step(closure)"])
 @pytest.mark.filterwarnings("ignore:a parameter has a sparse gradient")
 def test_equals_the_hand_written_loop_bit_for_bit(case, closure):  # P4, P5
@@ -63,6 +64,7 @@ def test_equals_the_hand_written_loop_bit_for_bit(case, closure):  # P4, P5
 
 
 @every_optimizer
+@pytest.mark.filterwarnings("ignore:ASGD decays its weights also")
 @pytest.mark.filterwarnings("ignore:a parameter has a sparse gradient")
 def test_is_near_the_loop_in_float64(case):  # P4
     if case.cls is torch.optim.Rprop:

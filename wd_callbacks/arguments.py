@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from wd_callbacks.checks import TEXT, as_float, check_number, is_sequence, number
-from wd_callbacks.schedules import Run, Schedule, Timescale, is_schedule, resolved
+from wd_callbacks.checks import TEXT, check_number, is_sequence, number
+from wd_callbacks.schedules import Run, Schedule, Timescale, resolved
 from wd_callbacks.selection import check_entry
 
 Group: TypeAlias = MutableMapping[str, Any]
@@ -31,7 +32,7 @@ def wd_key(group: Group) -> str | None:
     return None
 
 
-def own_wd(index: int, group: Group) -> float:
+def own_wd(group: Group, index: int) -> float:
     """The optimizer's own weight decay of param group ``index``; 0.0 where it has none."""
     key = wd_key(group)
     return 0.0 if key is None else number(group[key], f"param group {index}: {key}")
@@ -84,7 +85,7 @@ class Arguments:
         _check_wd("wd", self.wd)
         _each("scale_by", self.scale_by, _check_scale)
         if self.max_lr is not None:
-            _each("max_lr", self.max_lr, _check_peak)
+            _each("max_lr", self.max_lr, functools.partial(check_number, above=0))
         entries = tuple(self.exclude) if _is_listed(self.exclude) else (self.exclude,)
         for entry in entries:
             check_entry(entry)
@@ -172,7 +173,7 @@ class Arguments:
             ValueError: One is negative, NaN or infinite.
         """
         if self.wd is None:
-            own = list(itertools.starmap(own_wd, enumerate(groups)))
+            own = list(map(own_wd, groups, itertools.count()))
             return [_checked(wd, f"the weight decay of group {i}") for i, wd in enumerate(own)]
         if not is_sequence(self.wd):
             return [_at(self.wd, progress, "wd")] * len(groups)
@@ -281,14 +282,9 @@ def _check_wd(name: str, wd: Any) -> None:
 
 
 def _check_coefficient(name: str, value: Any) -> None:
-    if not is_schedule(value):
+    # One of our schedules' classes would be called, and fail, only when training starts.
+    if not callable(value) or (isinstance(value, type) and is_dataclass(value)):
         check_number(name, value, "a number or a schedule (a callable from progress)")
-
-
-def _check_peak(name: str, value: Any) -> None:
-    check_number(name, value)
-    if as_float(value) == 0:
-        raise ValueError(f"{name} must be above 0: the learning rate is divided by it")
 
 
 def _check_scale(name: str, value: Any) -> None:

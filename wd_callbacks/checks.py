@@ -6,8 +6,10 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
+NO_STATE = "this is no state of a DecoupledWD"
+MOST_OWED = 37  # exp(-37) is nothing beside 1, so that no quantum below 1 is as much
 TEXT = (str, bytes, bytearray, memoryview)  # sequences, but of nothing that a user means
 
 
@@ -25,11 +27,7 @@ def as_float(value: Any) -> float:
 
 
 def number(value: Any, source: str) -> float:
-    """The float that ``value``, which came from the user's code, stands for.
-
-    Raises:
-        TypeError: It is none; the message names the ``source``.
-    """
+    """The float that ``value``, which came from the user's code, stands for; it may be infinite."""
     if type(value) is float:
         return value
     try:
@@ -41,63 +39,64 @@ def number(value: Any, source: str) -> float:
         raise TypeError(f"{source} is {value!r}, expected a number") from None
 
 
-def check_number(
-    name: str, value: Any, expected: str = "a number", above: float | None = None
-) -> None:
-    """Checks that an argument is a finite number of at least 0, or ``above`` a number.
-
-    Raises:
-        TypeError, ValueError: It is not; the message names it.
-    """
+def check_number(name: str, value: Any, kind: str = "a number", above: float | None = None) -> None:
+    """Refuses an argument that is no finite number of at least 0, or not ``above`` another."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
-    size = as_float(value)
-    if not 0 <= size < math.inf or (above is not None and size <= above):
+        raise TypeError(f"{name} must be {kind}, got {value!r} ({type(value).__name__})")
+    if not 0 <= as_float(value) < math.inf or (above is not None and as_float(value) <= above):
         limit = "at least 0" if above is None else f"above {above}"
         raise ValueError(f"{name} must be finite and {limit}, got {value!r}")
 
 
-def check_count(name: str, value: Any, most: float = math.inf) -> None:
-    """Raises ValueError unless ``value`` is a whole number of at least 1, and at most ``most``."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not (whole and 1 <= as_float(value) <= most and math.isfinite(as_float(value))):
-        limit = "" if most == math.inf else f" and at most {most}"
-        raise ValueError(f"{name} must be a whole number of at least 1{limit}, got {value!r}")
+def check_count(name: str, value: Any) -> None:
+    """Refuses an argument that is no whole number of at least 1."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (is_whole and 1 <= as_float(value) < math.inf):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-class Kind(NamedTuple):
-    """What an entry of a saved state must be, in words and as a check."""
+def check_state(state: Any, **fits: Callable[[Any], bool]) -> None:
+    """Refuses a saved state that lacks one of the keys, or holds there what does not fit."""
+    missing = [key for key in fits if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        raise ValueError(f"{NO_STATE}: it lacks {', '.join(missing)}")
+    for key, is_fit in fits.items():
+        if not is_fit(state[key]):
+            raise ValueError(f"{NO_STATE}: {key} cannot be {reprlib.repr(state[key])}")
 
-    words: str
-    fits: Callable[[Any], bool]
 
-
-def each(kind: Kind) -> Kind:
-    """A list of entries of a kind."""
-    return Kind(
-        f"a list, each {kind.words}",
-        lambda value: is_sequence(value) and all(map(kind.fits, value)),
+def check_debts(state: Any, sizes: list[int]) -> None:
+    """Refuses what is no state of a decay of param groups of these sizes."""
+    check_state(
+        state,
+        arguments=lambda value: isinstance(value, Mapping),
+        owed=_all(_all(lambda value: _is_amount(value) and value < MOST_OWED)),
+        payments=_all(_all(is_count)),
+        due=_all(_is_amount),
+        lr_max=_all(lambda value: value is None or (_is_amount(value) and value > 0)),
+        no_decay=_all(lambda value: value in (0, 1)),
     )
+    for name in ("owed", "payments"):
+        saved = list(map(len, state[name]))
+        if saved not in ([], sizes):
+            raise ValueError(
+                f"the state is of param groups with {saved} parameters, the optimizer's have "
+                f"{sizes}"
+            )
+    lists = ("owed", "payments", "due", "lr_max", "no_decay")
+    owed, payments, due, lr_max, no_decay = (len(state[name]) for name in lists)
+    if not (owed == payments == due and lr_max == no_decay <= due):  # < where groups were added
+        raise ValueError(f"{NO_STATE}: {', '.join(lists)} do not agree in length")
+
+
+def is_count(value: Any) -> bool:
+    """Whether an entry of a state is a whole number of at least 0."""
+    return type(value) is int and _is_amount(value)
 
 
 def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= as_float(value) < math.inf
 
 
-ANYTHING = Kind("anything", lambda value: True)
-DICT = Kind("a dict", lambda value: isinstance(value, Mapping))
-AMOUNT = Kind("a finite number of at least 0", _is_amount)
-COUNT = Kind("a whole number of at least 0", lambda value: type(value) is int and _is_amount(value))
-
-
-def check_state(state: Any, **kinds: Kind) -> None:
-    """Raises ValueError where ``state`` lacks one of the keys, or holds something else there."""
-    missing = [key for key in kinds if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"this is no state of a DecoupledWD: it lacks {', '.join(missing)}")
-    for key, (words, fits) in kinds.items():
-        if not fits(state[key]):
-            raise ValueError(
-                f"this is no state of a DecoupledWD: {key} is {reprlib.repr(state[key])}, "
-                f"expected {words}"
-            )
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: is_sequence(values) and all(map(fits, values))

@@ -9,6 +9,7 @@ A ``Decay`` knows no framework and holds no optimizer: it is handed the param gr
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from wd_callbacks.arguments import Arguments, Group, number, own_wd, wd_key
+from wd_callbacks.arguments import Arguments, Group, own_wd, wd_key
+from wd_callbacks.checks import check_debts, number
 from wd_callbacks.description import Description, Row
 from wd_callbacks.schedules import Run
 
 Groups: TypeAlias = Callable[[], Sequence[Group]]
+Kind: TypeAlias = tuple[torch.device, torch.dtype, type, Any]
 
 HALF_QUANTA = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 QUANTUM = 2.0**-20
@@ -61,35 +64,47 @@ class Debt(NamedTuple):
 
 @dataclass
 class Cohort:
-    """Parameters of one group with the same device, dtype, tensor type and debt."""
+    """Parameters of one group with the same device, dtype, tensor type, mesh and debt."""
 
-    kind: tuple[torch.device, torch.dtype, type]
+    kind: Kind
     params: list[Tensor]
     quantum: float
     debt: Debt
 
     def charge(self, shrink: float, factor: float) -> float | None:
         """The factor to apply now; None where the shrink only joins what is owed."""
-        if shrink >= self.quantum:
-            return factor
         owed, payments = self.debt
+        # A debt may be larger than the quantum where that was larger when it was saved.
+        if shrink >= self.quantum and (not owed or -math.expm1(-owed) < self.quantum):
+            return factor
         owed -= math.log1p(-shrink)
         payment = -math.expm1(-owed)
         if payment < self.quantum:
             self.debt = Debt(owed, payments)
             return None
         dtype = self.kind[1]
-        if dtype in HALF_QUANTA:
-            payment *= SHARES[payments % len(SHARES)]
+        share = SHARES[payments % len(SHARES)] if dtype in HALF_QUANTA else 1.0
+        if payment * (1 - share) < self.quantum:
+            payment *= share
         # What the factor cannot represent stays owed. Half precision multiplies in float32.
         grain = 2.0**-53 if dtype in DOUBLES else 2.0**-24
-        payment = math.floor(payment / grain) * grain
-        self.debt = Debt(max(0.0, owed + math.log1p(-payment)), payments + 1)
+        payment = min(math.floor(payment / grain), 1 / grain - 1) * grain
+        owed = max(0.0, owed + math.log1p(-payment))
+        if shrink >= self.quantum and owed < grain:
+            owed = 0.0  # the end of it, from where on each step is applied as it is
+        self.debt = Debt(owed, payments + 1)
         return 1 - payment
 
-    def is_current(self) -> bool:
-        """Whether its parameters are still what they were: they may move, or change their class."""
-        device, dtype, cls = self.kind
+    def is_current(self, shrink: float) -> bool:
+        """Whether its parameters are still what they were: they may move, or change their class.
+
+        The first one tells, and each one where ``shrink`` is to be multiplied with.
+        """
+        if self.kind != _kind(self.params[0]):
+            return False
+        if shrink < self.quantum and self.debt.owed + 2 * shrink < self.quantum:
+            return True
+        device, dtype, cls, _ = self.kind
         found = torch._C._group_tensors_by_device_and_dtype([[*self.params]], False)
         same_class = list(map(type, self.params)).count(cls) == len(self.params)
         return same_class and found.keys() == {(device, dtype)}
@@ -104,12 +119,13 @@ class Account:
     due: float = 0.0  # of parameters with a gradient at every step, as -log of the factor
     known: bool = True  # to the host: what was due, and that the steps have happened
 
-    def is_current(self, with_grad: list[Tensor]) -> bool:
+    def is_current(self, with_grad: list[Tensor], shrink: Shrink) -> bool:
         """Whether the cohorts still hold for the parameters that have a gradient now."""
+        amount = 1.0 if isinstance(shrink.amount, Tensor) else shrink.amount
         return (
             len(with_grad) == len(self.with_grad)
             and all(map(operator.is_, with_grad, self.with_grad))
-            and all(cohort.is_current() for cohort in self.cohorts)
+            and all(cohort.is_current(amount) for cohort in self.cohorts)
         )
 
 
@@ -137,6 +153,7 @@ class Decay:
         self._run = run
         self._resolved = arguments
         self.coefficients: list[float] = []
+        self._peaks = peaks
         self.lr_max: list[float | None] = list(peaks)
         self._decays = decays
         self._warn = warn
@@ -231,18 +248,16 @@ class Decay:
         Raises:
             ValueError: A coefficient or a shrink makes no sense. No weight has changed then.
         """
-        self.meet(groups)
-        self.coefficients = self._coefficients(groups, progress)
         # All of them before the first weight is touched: any of them may be refused.
-        shrinks = list(map(self._shrink, itertools.count(), self.coefficients, groups))
-        self._open(groups)
+        shrinks = self._shrinks(groups, progress)
+        self._open(groups, shrinks)
         payers = [
             (account, shrink)
             for account, shrink in zip(self._accounts, shrinks)
             if isinstance(shrink.amount, Tensor) or shrink.amount > 0
         ]
         self._check_capture(payers)
-        # Graphs that are kept stay valid. `p.data` would do that too, at 0.3 µs for each tensor.
+        # Graphs that are kept stay valid. `p.data` would do that too, but take longest of all here.
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_VERSIONS):
             for account, shrink in payers:
                 _pay(account, shrink, found_inf)
@@ -269,10 +284,8 @@ class Decay:
 
     def preview(self, groups: Sequence[Group], progress: float) -> list[tuple[float, Any]]:
         """The coefficient and the shrink of each param group at ``progress``; nothing decays."""
-        self.meet(groups)
-        coefficients = self._coefficients(groups, progress)
-        shrinks = map(self._shrink, itertools.count(), coefficients, groups)
-        return [(wd, shrink.amount) for wd, shrink in zip(coefficients, shrinks)]
+        shrinks = self._shrinks(groups, progress)
+        return [(wd, shrink.amount) for wd, shrink in zip(self.coefficients, shrinks)]
 
     def lend(self, groups: Sequence[Group]) -> None:
         """Sets the weight decay of ``groups`` to 0 until ``give_back``."""
@@ -301,26 +314,43 @@ class Decay:
         if len(groups) == len(self._accounts):
             return
         self.arguments.check_groups(groups)
-        self._dormant = self._debts()
-        del self._accounts[len(groups) :], self._no_decay[len(groups) :]
         known = [*self.lr_max, *[None] * len(groups)]
-        self.lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
-        self._resolved = self.arguments.resolved(self._run, self.lr_max)
-        decaying = any(own_wd(group) for group in groups)
-        self._accounts += [Account() for _ in groups[len(self._accounts) :]]
-        for index, group in enumerate(groups[len(self._no_decay) :], len(self._no_decay)):
-            no_decay = decaying and own_wd(group) == 0 and self.arguments.spares_no_decay_groups
-            if no_decay:
+        lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
+        resolved = self.arguments.resolved(self._run, lr_max)
+        no_decay = self._no_decay[: len(groups)]
+        own = list(map(own_wd, groups, itertools.count()))
+        for index in range(len(no_decay), len(groups)):
+            no_decay.append(any(own) and not own[index])
+            if no_decay[index] and self.arguments.spares_no_decay_groups:
                 self._say(
                     f"param group {index} has a weight decay of 0 while another's is not: it is "
                     f"taken for a no-decay group and does not decay; give wd a sequence, one value "
                     f"per group, to overrule"
                 )
-            self._no_decay.append(no_decay)
+        self._dormant = self._debts()
+        new = [Account() for _ in groups[len(self._accounts) :]]
+        self._accounts = [*self._accounts[: len(groups)], *new]
+        self.lr_max, self._resolved, self._no_decay = lr_max, resolved, no_decay
+
+    def _shrinks(self, groups: Sequence[Group], progress: float) -> list[Shrink]:
+        """What a step takes from each group; where it is refused, new groups stay new."""
+        before = {**vars(self)}
+        try:
+            self.meet(groups)
+            self.coefficients = self._coefficients(groups, progress)
+            return list(map(self._shrink, itertools.count(), self.coefficients, groups))
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def _coefficients(self, groups: Sequence[Group], progress: float) -> list[float]:
         coefficients = self._resolved.coefficients(groups, progress)
+        if not self.arguments.spares_no_decay_groups:
+            return coefficients
         return [0.0 if spared else wd for spared, wd in zip(self._no_decay, coefficients)]
+
+    def _is_spared(self, index: int) -> bool:
+        return self._no_decay[index] and self.arguments.spares_no_decay_groups
 
     def _may_decay(self, p: Tensor) -> bool:
         return self._decays is None or self._decays(p)
@@ -349,7 +379,7 @@ class Decay:
             return _scalar(scale(group), index, "scale_by")
         if scale == "none":
             return 1.0
-        lr, lr_max = _scalar(group["lr"], index, "lr"), self.lr_max[index]
+        lr, lr_max = _scalar(group.get("lr"), index, "lr"), self.lr_max[index]
         if scale == "lr":
             return lr
         assert lr_max is not None
@@ -362,25 +392,31 @@ class Decay:
 
     # Who pays
 
-    def _open(self, groups: Sequence[Group]) -> None:
+    def _open(self, groups: Sequence[Group], shrinks: Sequence[Shrink]) -> None:
         """Opens new accounts where the parameters that will be updated are not those of before."""
-        with_grad = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        if all(map(Account.is_current, self._accounts, with_grad)):
+        # FSDP's processes hold nothing of some parameters, whose debts they keep all the same.
+        with_grad = [
+            [p for p in group["params"] if p.grad is not None or p.numel() == 0] for group in groups
+        ]
+        if all(map(Account.is_current, self._accounts, with_grad, shrinks)):
             return
         debts = self._debts()
         seen: set[Tensor] = set()
-        self._dormant = {p: debts[p] for group in groups for p in group["params"] if p in debts}
-        for account, params in zip(self._accounts, with_grad):
-            account.with_grad = params
-            account.cohorts = self._cohorts(p for p in params if p not in seen)
+        dormant = {p: debts[p] for group in groups for p in group["params"] if p in debts}
+        opened: list[list[Cohort]] = []
+        for params in with_grad:
+            opened.append(self._cohorts((p for p in params if p not in seen), dormant))
             seen.update(params)
+        # Only now, as a predicate of `exclude` may have raised.
+        self._dormant = dormant
+        for account, params, cohorts in zip(self._accounts, with_grad, opened):
+            account.with_grad, account.cohorts = params, cohorts
 
-    def _cohorts(self, params: Iterable[Tensor]) -> list[Cohort]:
-        """Those of ``params`` that decay, which take their debts along."""
+    def _cohorts(self, params: Iterable[Tensor], debts: dict[Tensor, Debt]) -> list[Cohort]:
+        """Those of ``params`` that decay, which take their ``debts`` along."""
         cohorts: dict[Any, Cohort] = {}
         for p in filter(self._may_decay, dict.fromkeys(params)):
-            assert p.grad is not None
-            if p.grad.layout != torch.strided:
+            if p.grad is not None and p.grad.layout != torch.strided:
                 self._say(
                     "a parameter has a sparse gradient: the whole tensor decays, not only the rows "
                     "that the gradient touches"
@@ -388,7 +424,7 @@ class Decay:
             quantum = self.arguments.quantum
             if quantum is None:
                 quantum = HALF_QUANTA.get(p.dtype, QUANTUM)
-            kind, debt = _kind(p), self._dormant.pop(p, Debt())
+            kind, debt = _kind(p), debts.pop(p, Debt())
             cohort = cohorts.setdefault((kind, debt), Cohort(kind, [], quantum, debt))
             cohort.params.append(p)
         return list(cohorts.values())
@@ -404,7 +440,8 @@ class Decay:
         if self._has_started and not any(
             account.cohorts
             for index, (account, group) in enumerate(zip(self._accounts, groups))
-            if not (self._no_decay[index] or (self.arguments.wd is None and own_wd(group) == 0))
+            if not self._is_spared(index)
+            and (self.arguments.wd is not None or own_wd(group, index))
         ):
             self._say(
                 "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
@@ -420,7 +457,7 @@ class Decay:
         """
         if len(groups) != len(self._accounts):
             trial = Decay(self.arguments, run=self._run, decays=self._decays, warn=_silent)
-            trial.lr_max = list(self.lr_max)
+            trial.lr_max = self.lr_max
             trial.meet(groups)
             return trial.describe(groups, label)
         coefficients = self.coefficients or self._coefficients(groups, 0.0)
@@ -431,7 +468,7 @@ class Decay:
 
     def _row(self, index: int, group: Group, coefficient: float, label: str) -> Row:
         account, params = self._accounts[index], list(dict.fromkeys(group["params"]))
-        decaying = [] if self._no_decay[index] else list(filter(self._may_decay, params))
+        decaying = [] if self._is_spared(index) else list(filter(self._may_decay, params))
         debts = self._debts()
         owed = sum(debts.get(p, Debt()).owed for p in decaying) / max(len(decaying), 1)
         amount, scale = self._shrink(index, coefficient, group).amount, self.arguments.scale(index)
@@ -469,37 +506,31 @@ class Decay:
         }
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[Group]) -> None:
-        """Takes up what ``state_dict`` gave; arguments that have changed since win, with a warning.
+        """Takes up what ``state_dict`` gave; arguments that have changed since win.
 
         Raises:
-            ValueError: It is no such state, or that of other param groups.
+            ValueError: It is no such state, or that of other param groups. Nothing is taken then.
         """
-        check_state(state, "arguments", "lr_max", "no_decay", "owed", "payments", "due")
-        sizes = [len(group["params"]) for group in groups]
-        for name in ("owed", "payments"):
-            saved = list(map(len, state[name]))
-            if saved not in ([], sizes):
-                raise ValueError(
-                    f"the state is of param groups with {saved} parameters, the optimizer's have "
-                    f"{sizes}"
-                )
-        self._accounts.clear()
-        self._dormant.clear()
+        check_debts(state, [len(group["params"]) for group in groups])
+        loaded = copy.copy(self)
+        loaded._accounts, loaded._dormant, loaded.coefficients = [], {}, []
+        loaded._no_decay, loaded.lr_max, loaded._resolved = [], list(self._peaks), self.arguments
         if state["owed"]:  # else it was saved before the first step, when nothing was taken
-            spares = self.arguments.spares_no_decay_groups
-            self._no_decay = [spares and bool(no_decay) for no_decay in state["no_decay"]]
+            loaded._no_decay = list(map(bool, state["no_decay"]))
             if self.arguments.max_lr is None:
-                self.lr_max = list(state["lr_max"])
-            self.meet(groups)
-        self.tell_changes(state["arguments"], self._resolved.record())
+                loaded.lr_max = list(state["lr_max"])
+            loaded.meet(groups)
         rows = zip(state["owed"], state["payments"], state["due"])
-        for account, group, (owed, payments, due) in zip(self._accounts, groups, rows):
+        for account, group, (owed, payments, due) in zip(loaded._accounts, groups, rows):
             for p, debt in zip(group["params"], map(Debt, owed, payments)):
-                self._dormant.setdefault(p, debt)  # a tied one's stands where it is listed first
+                loaded._dormant.setdefault(p, debt)  # a tied one's stands where it is listed first
             account.due = due
+        vars(self).update(vars(loaded))  # only now, as any of it may have been refused
 
-    def tell_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Warns of every entry of ``old`` that differs in ``new``."""
+    def tell_changes(self, state: Mapping[str, Any], lengths: Mapping[str, Any]) -> None:
+        """Warns of arguments and ``lengths`` that are not those of the run that was saved."""
+        old = {**state["arguments"], **{name: state[name] for name in lengths}}
+        new = {**self._resolved.record(), **lengths}
         for name, value in old.items():
             if value != new.get(name):
                 self._say(f"{name} was {value} in the saved run and is {new.get(name)} in this one")
@@ -514,22 +545,16 @@ def _silent(message: str) -> None:
     """Says nothing: the same will be said when training starts."""
 
 
-def check_state(state: Any, *keys: str) -> None:
-    """Raises ValueError where ``state`` lacks one of ``keys``."""
-    missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"this is no state of a DecoupledWD: it lacks {', '.join(missing)}")
-
-
-def _kind(p: Tensor) -> tuple[torch.device, torch.dtype, type]:
-    return p.device, p.dtype, type(p)
+def _kind(p: Tensor) -> Kind:
+    """What parameters that are multiplied in one call have in common; DTensors their mesh too."""
+    return p.device, p.dtype, type(p), getattr(p, "device_mesh", None)
 
 
 def _scalar(value: Any, index: int, name: str) -> Any:
     """A float, or a 0-dim tensor: some optimizers keep their learning rate on the device."""
     if type(value) is float:
         return value  # without the cost of a message
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         return value.detach().reshape(())
     return number(value, f"param group {index}: {name}")
 
@@ -581,7 +606,7 @@ def _multiply_on_device(cohort: Cohort, shrink: Shrink, found_inf: Tensor | None
     In half precision a tensor factor would be rounded to eight or eleven bits before it is used, so
     there ``p - p * amount`` is computed, in which only the amount is.
     """
-    device, dtype, _ = cohort.kind
+    device, dtype, *_ = cohort.kind
     half = dtype in HALF_QUANTA
     value = shrink.amount if half else shrink.factor
     if isinstance(value, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
-from wd_callbacks.decay import check_state
+from wd_callbacks.checks import NO_STATE, check_state, is_count, is_sequence
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run, Schedule
 
@@ -173,13 +174,13 @@ class _Attached(plain.DecoupledWD):
         """Adds the position in the run, in batches, and the length that it refers to."""
         return {**super().state_dict(), "done": self.done, "length": self.run.length()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where ``state_dict`` was called."""
-        check_state(state, "done", "length")
-        super().load_state_dict(state)
-        if self._decay.arguments.scheduled:
-            self._decay.tell_changes({"length": state["length"]}, {"length": self.run.length()})
+    def _take(self, state: dict[str, Any]) -> None:
+        check_state(state, done=lambda done: done is None or is_count(done), length=lambda _: True)
+        super()._take(state)
         self.done = state["done"]
+
+    def _lengths(self) -> dict[str, Any]:
+        return {"length": self.run.length()} if self._decay.arguments.scheduled else {}
 
 
 class DecoupledWD(*_callbacks()):  # type: ignore[misc]
@@ -282,12 +283,26 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
             self._max_epochs = trainer.max_epochs
             self._attached, self._loaded = {}, {}
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Tells where the decay begins in a run that did without it so far."""
+        done = checkpoint["global_step"]
+        known = self.state_key in checkpoint.get("callbacks", {})
+        if trainer.state.fn == "fit" and done and not known:
+            rank_zero_warn(
+                f"the checkpoint holds no state of this DecoupledWD: its decay begins here, after "
+                f"{done} steps, with nothing owed"
+            )
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attaches to the optimizers, whose state and learning rates are final now."""
         count = len(trainer.optimizers)
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
             raise ValueError(f"optimizers={indices!r}, but the Trainer has {count} optimizers")
+        if not isinstance(self._loaded, Mapping) or not set(self._loaded) <= set(indices):
+            raise ValueError(
+                f"{NO_STATE} of the optimizers {list(indices)}: {reprlib.repr(self._loaded)}"
+            )
         run = _Run(trainer, self._max_epochs, pl_module.automatic_optimization)
         if self.arguments.scheduled and not run.is_finite():
             raise ValueError(
@@ -379,7 +394,7 @@ def _indices(optimizers: Any) -> tuple[int, ...] | None:
     """The indices as a tuple, so that ``0`` and ``[0]`` name the same state."""
     if optimizers is None:
         return None
-    indices = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
+    indices = tuple(optimizers) if is_sequence(optimizers) else (optimizers,)
     if not indices or not all(type(index) is int and index >= 0 for index in indices):
         raise ValueError(
             f"optimizers must be an index or several, each a whole number of at least 0, got "

@@ -32,16 +32,28 @@ def check_hooks(optimizer: Optimizer) -> None:
         TypeError: It is no ``torch.optim.Optimizer``.
         ValueError: Its ``step`` never runs hooks.
     """
+    name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
+        wraps = isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+        instead = (
+            ", which may update other copies of the weights, as DeepSpeed's does: use AdamW's own "
+            "weight decay, or shard with torch's fully_shard (Lightning's ModelParallelStrategy)"
+        )
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"optimizer must be a torch.optim.Optimizer, got {name}"
+            f"{instead if wraps and hasattr(optimizer, 'param_groups') else ''}"
+        )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            f"{name} with overlap_with_ddp=True makes its updates inside backward, where step "
+            f"hooks do not run: use overlap_with_ddp=False"
         )
     if not getattr(type(optimizer).step, "hooked", False) or not all(
         hasattr(optimizer, f"_optimizer_{hooks}_hooks")
         for hooks in ("step_pre", "step_post", "state_dict_pre")
     ):
         raise ValueError(
-            f"{type(optimizer).__name__} never runs torch's step hooks, as it does not call "
+            f"{name} never runs torch's step hooks, as it does not call "
             f"torch.optim.Optimizer.__init__: attach the decay to {_inner(optimizer)}"
         )
 

@@ -65,7 +65,13 @@ class Selection:
         """Whether ``p`` decays."""
         if self._exclude and p not in self._decays:
             self._look()  # the model has changed
-            self._decays.setdefault(p, True)
+            if p not in self._decays:
+                self._decays[p] = True
+                self._warn(
+                    f"exclude goes by the model's names, and a parameter of shape {tuple(p.shape)} "
+                    f"has none there: it decays. Give a model that holds it; flattened copies, as "
+                    f"DeepSpeed makes them, cannot be excluded"
+                )
         return not self._exclude or self._decays[p]
 
     def _look(self) -> None:
@@ -159,10 +165,7 @@ def _is_marked(model: nn.Module) -> Match:
         if callable(names):
             found, own = names(), dict(module.named_parameters(remove_duplicate=False))
             if not isinstance(found, Iterable):
-                raise TypeError(
-                    f"no_weight_decay() of {type(module).__name__} gave {found!r}, expected names "
-                    f"of parameters"
-                )
+                raise TypeError(f"no_weight_decay() of {type(module).__name__} gave {found!r}")
             listed |= {id(own[name]) for name in found if name in own}
     return lambda name, p, modules: bool(getattr(p, "_no_weight_decay", False)) or id(p) in listed
 

@@ -6,7 +6,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wd_callbacks import probe
-from wd_callbacks.arguments import Arguments, Group, number
-from wd_callbacks.decay import Decay, check_state
+from wd_callbacks.arguments import Arguments, Group
+from wd_callbacks.checks import check_count, check_state, is_count, number
+from wd_callbacks.decay import Decay
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run
 from wd_callbacks.selection import Selection
@@ -102,8 +102,9 @@ class DecoupledWD:
         probe.check_hooks(self.optimizer)
         check_undecayed(self.optimizer)
         probe.check_weights(self.optimizer)
-        check_count("total_steps", total_steps)
-        check_count("steps_per_epoch", steps_per_epoch)
+        for name, count in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+            if count is not None:
+                check_count(name, count)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a callable without arguments, got {progress!r}")
         arguments = Arguments(
@@ -245,14 +246,20 @@ class DecoupledWD:
         differ from the saved ones.
 
         Raises:
-            ValueError: The state is that of other param groups.
+            ValueError: It is no such state, or that of other param groups. Nothing is taken then.
         """
-        check_state(state, "steps", "total_steps")
+        self._take(state)
+        self._decay.tell_changes(state, self._lengths())
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Takes up all of the state, or where something of it is refused, nothing."""
+        check_state(state, steps=is_count, total_steps=lambda _: True)
         self._decay.load_state_dict(state, self._groups())
-        self._decay.tell_changes(
-            {"total_steps": state["total_steps"]}, {"total_steps": self.total_steps}
-        )
         self.steps = state["steps"]
+
+    def _lengths(self) -> dict[str, Any]:
+        """What the state tells of the length of the run that it was saved in."""
+        return {"total_steps": self.total_steps}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies decay the copied optimizer, pickles the unpickled one."""
