@@ -54,6 +54,7 @@ class Selection:
         self._model = model
         self._warn = warn
         self._decays: dict[Tensor, bool] = {}
+        self._has_told = False
         if not isinstance(model, nn.Module | None):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if exclude:
@@ -67,12 +68,17 @@ class Selection:
             self._look()  # the model has changed
             if p not in self._decays:
                 self._decays[p] = True
-                self._warn(
-                    f"exclude goes by the model's names, and a parameter of shape {tuple(p.shape)} "
-                    f"has none there: it decays. Give a model that holds it; flattened copies, as "
-                    f"DeepSpeed makes them, cannot be excluded"
-                )
+                self._tell_of_strangers()
         return not self._exclude or self._decays[p]
+
+    def _tell_of_strangers(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            self._warn(
+                "exclude goes by the model's names, and the optimizer holds parameters that have "
+                "none there: they decay. Give a model that holds them; flattened copies, as "
+                "DeepSpeed makes them, cannot be excluded"
+            )
 
     def _look(self) -> None:
         assert self._model is not None
