@@ -289,6 +289,8 @@ def decay_cases(batch: list[Tensor]) -> Iterable[Case]:
     name, ours = f"the same, paid every {PERIOD} steps", decayed(Adam, QUANTUM, **FUSED)
     yield Case(name, ours, "AdamW(fused)", fused, 1.02, 3 * PERIOD, sums_count=True)
     yield Case("the decay alone", decayed(Idle), "the hand-written loop", loop(Idle), 0.35)
+    trained = partial(fastai_training, True, batch)
+    yield Case("training step, fastai, AdamW", trained, "itself", trained, models=[TRAINING])
     for name, against, make, target, models in (
         ("fastai's Adam + DecoupledWD", FASTAI, fastai_event, 1.00, MODELS),
         ("training step, fastai", FASTAI, fastai_training, 1.01, [TRAINING]),
@@ -480,7 +482,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measures and prints."""
-    args = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--only", default="", help="only rows of which A contains this")
+    args = parser.parse_args()
     warnings.filterwarnings("ignore")  # of frameworks about batches, workers and hardware
     images, pixels = (2, 32) if args.quick else (8, 64)
     batch = [torch.randn(images, 3, pixels, pixels), torch.arange(images)]
@@ -492,7 +496,7 @@ def main() -> None:
     tables: dict[str, list[dict[str, Any]]] = {title: [] for title in cases}
     with Console(stderr=True).status("measuring") as status:
         for title, (listed, compare) in cases.items():
-            for case in listed:
+            for case in filter(lambda case: args.only in case.name, listed):
                 for model in case.models:
                     status.update(f"{case.name}, {model}")
                     row = measured(case, model, compare, args.device, args.quick)
@@ -502,6 +506,8 @@ def main() -> None:
         told = {"machine": machine(args.device), "quick": args.quick, "tables": tables}
         args.json.write_text(json.dumps(told, indent=1) + "\n")
     for title, found in tables.items():
+        if not found:
+            continue
         hidden = () if args.device == "cuda" else ("A, ms", "B, ms")  # which are the machine's
         printed = [{key: row[key] for key in row if key not in hidden} for row in found]
         show(f"{title} ({machine(args.device)})", printed, args.markdown)

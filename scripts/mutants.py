@@ -16,10 +16,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -815,15 +818,20 @@ def main() -> int:
     # Each is tried in a process of its own, which finds the frameworks imported.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", *FRAMEWORKS])
-    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
+
+    def apart(function: Callable[[Any], str | None], argument: Any) -> str | None:
+        with ProcessPoolExecutor(1, context) as process:
+            return process.submit(function, argument).result()
+
+    with ThreadPoolExecutor(options.jobs) as pool:
         files = sorted({path for mutant in mutants for path in mutant.paths})
-        errors = list(filter(None, pool.imap(passes, files)))
+        runs = pool.map(partial(apart, passes), files)
+        errors = list(filter(None, track(runs, "testing", len(files), console=console)))
         if errors:
             console.print("\n".join(errors), style="red", markup=False)
             return 1
-        killers = list(
-            track(pool.imap(killed_by, mutants), "breaking", len(mutants), console=console)
-        )
+        runs = pool.map(partial(apart, killed_by), mutants)
+        killers = list(track(runs, "breaking", len(mutants), console=console))
     table = Table("mutant", "killed by")
     for mutant, killer in zip(mutants, killers):
         table.add_row(mutant.name, Text("LIVED", "bold red") if killer is None else Text(killer))

@@ -680,9 +680,7 @@ class Anything(RuleBasedStateMachine):
         if due.shrink == 0:
             assert torch.equal(x, y)  # P2
             assert new == old
-        elif due.at_once and (
-            on_device or "smaller quantum" in UNFIXED or -math.expm1(-old) < limit
-        ):
+        elif due.at_once and (on_device or -math.expm1(-old) < limit):
             assert new == old
             if on_device and half:
                 check_close(x, y, 1 - due.shrink, 2.0**-8 * due.shrink)  # P8
@@ -699,8 +697,7 @@ class Anything(RuleBasedStateMachine):
                 check_close(x, y, math.exp(-paid), 0 if x.dtype == torch.float64 else 2.0**-24)
                 ledger.applied += paid
                 self.check_mean(x, y, paid, due.quantum, ledger)
-            if "smaller quantum" not in UNFIXED or -math.expm1(-old) < limit:
-                assert 0 <= -math.expm1(-new) < limit * (1 + 1e-9)  # P8
+            assert 0 <= -math.expm1(-new) < limit * (1 + 1e-9)  # P8
         assert math.isclose(ledger.due - ledger.applied, new, rel_tol=1e-9, abs_tol=1e-12)  # P8
 
     def check_mean(self, x, y, paid, quantum, ledger):
@@ -819,11 +816,7 @@ class Anything(RuleBasedStateMachine):
         if optimizer_first:
             run.optimizer.load_state_dict(optimizer)
         old = self.known
-        arguments = arguments or known.arguments
-        one_after_each = spares(arguments["wd"]) and not spares(known.arguments["wd"])
-        if one_after_each and "spared after a sequence" in UNFIXED:
-            arguments = {**arguments, "wd": known.arguments["wd"]}
-        self.attach_to(run, arguments)
+        self.attach_to(run, arguments or known.arguments)
         if not optimizer_first:
             run.optimizer.load_state_dict(optimizer)
         reference = self.known.reference
@@ -904,11 +897,6 @@ class Anything(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "run"):
             self.check_other()
-
-
-def spares(wd):
-    """Whether it is a single value, with which no-decay groups stay that."""
-    return wd is not None and not isinstance(wd, list)
 
 
 def parts(model, added):

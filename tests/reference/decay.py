@@ -14,8 +14,8 @@ Where the promises leave a choice, it is made here:
 - A decay that is attached anew starts with nothing owed, at progress 0.
 - What is owed may exceed the quantum after that has become smaller (in a resumed run, or with
   another dtype), until the next step that decays the parameter.
-- The state of a run that spared no group, as its ``wd`` had one value per group or was None, does
-  not tell which ones a single number spares.
+- A run whose ``wd`` has one value per group, or is None, notes which groups a single number would
+  spare, for one that resumes it.
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ class ReferenceDecay:
         if saved.met:
             if self.max_lr is None:
                 fresh.peaks = list(saved.peaks)
-            if self._spares() and saved._spares():
-                fresh.spared = list(saved.spared)
+            fresh.spared = list(saved.spared)
             fresh._meet(groups)
         return fresh
 
@@ -132,12 +131,9 @@ class ReferenceDecay:
         wd = _of_group(self.wd, index)
         if wd is None:
             return float(group["weight_decay"])
-        if self.spared[index]:
+        if self.spared[index] and not isinstance(self.wd, list):
             return 0.0
         return float(wd(progress) if callable(wd) else wd)
-
-    def _spares(self):
-        return self.wd is not None and not isinstance(self.wd, list)
 
     def _meet(self, groups):
         if self.met == len(groups):
@@ -145,7 +141,7 @@ class ReferenceDecay:
         self.peaks = [self._peak(index, group) for index, group in enumerate(groups)]
         own = [group.get("weight_decay", 0.0) for group in groups]
         for index in range(len(self.spared), len(groups)):
-            self.spared.append(self._spares() and own[index] == 0 and any(own))
+            self.spared.append(own[index] == 0 and any(own))
         self.met = len(groups)
 
     def _peak(self, index, group):
