@@ -49,8 +49,8 @@ try() { # set, interpreter, requirements beyond those of pyproject.toml
     local env=$where/$set log=$where/$set.log result status=1
     if ! "$python" -c "" 2>"$log"; then
         result="there is no $python here"
-    elif ! { "$python" -m venv "$env" &&
-        "$env/bin/pip" install --quiet -e "$root[dev]" "$@"; } >"$log" 2>&1; then
+    elif ! { { [ -x "$env/bin/python" ] || "$python" -m venv "$env"; } &&
+        "$env/bin/python" -m pip install --quiet -e "$root[dev]" "$@"; } >"$log" 2>&1; then
         result="cannot be installed: $(grep -m 1 ERROR "$log" || tail -n 1 "$log")"
     else
         (cd "$root" && PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg \
@@ -70,7 +70,8 @@ from importlib import metadata
 
 names = ["torch", "fastai", "pytorch-lightning", "lightning"]
 found = {d.name: d.version for d in metadata.distributions() if d.name in names}
-print(", ".join([f"Python {platform.python_version()}", *(f"{n} {found[n]}" for n in found)]))
+versions = [f"{name} {found[name]}" for name in names if name in found]
+print(", ".join([f"Python {platform.python_version()}", *versions]))
 PYTHON
 }
 
