@@ -759,7 +759,7 @@ def first_failure(paths: Sequence[str], mutant: Mutant | None) -> FirstFailure:
         mutant: What to break; None for nothing.
     """
     found = FirstFailure("" if mutant is None else mutant.first)
-    options = ["-x", "-q", "-n", "0", "--no-cov", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory(prefix="mutant-") as directory:
         copy = Path(directory).resolve() / "copy"
         shutil.copytree(ROOT, copy, ignore=KEPT_OUT)

@@ -54,7 +54,7 @@ try() { # set, interpreter, requirements beyond those of pyproject.toml
         result="cannot be installed: $(grep -m 1 ERROR "$log" || tail -n 1 "$log")"
     else
         (cd "$root" && PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg \
-            "$env/bin/python" -m pytest -q --no-cov -p no:cacheprovider) >"$log" 2>&1
+            "$env/bin/python" -m pytest -q -p no:cacheprovider) >"$log" 2>&1
         status=$?
         result=$(tail -n 1 "$log")
     fi

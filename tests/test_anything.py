@@ -8,7 +8,7 @@ is given the decayed weights and has to end with the same bits.
 The run of the test suite is bounded and always the same. A longer one, with other examples at every
 run:
 
-    HYPOTHESIS_PROFILE=deep pytest -n 0 --no-cov tests/test_anything.py
+    HYPOTHESIS_PROFILE=deep pytest -n 0 tests/test_anything.py
 
 ``ANYTHING_EXAMPLES`` and ``ANYTHING_STEPS`` set how long that is. What it finds is reduced by hand
 and kept in test_found.py.
@@ -574,20 +574,17 @@ class Anything(RuleBasedStateMachine):
         self.check_step(Attempt(awake, seed, 0.1, closure, raises))
 
     @precondition(lambda self: not (self.row.needs_closure or self.has_float16()))
-    @rule(awake=awakes, seed=seeds)
-    def step_by_scaler(self, awake, seed):
-        self.check_scaled_step(awake, seed, "finite")
-
-    @precondition(lambda self: not (self.row.needs_closure or self.has_float16()))
-    @rule(awake=awakes, seed=seeds)
-    def overflow(self, awake, seed):
-        self.check_scaled_step(awake, seed, "overflow")
-
-    def check_scaled_step(self, awake, seed, scaler):
-        attempt = Attempt(awake, seed, 0.1, scaler=scaler)
-        attempt.set_gradients(self.run.optimizer)
-        if any(p.grad is not None for g in self.run.groups for p in g["params"]):
-            self.check_step(attempt)
+    @rule(
+        awake=awakes,
+        seed=seeds,
+        kinds=st.lists(st.sampled_from(["finite", "overflow"]), min_size=1, max_size=4),
+    )
+    def steps_by_scaler(self, awake, seed, kinds):
+        for index, kind in enumerate(kinds):
+            attempt = Attempt(awake, seed + index, 0.1, scaler=kind)
+            attempt.set_gradients(self.run.optimizer)
+            if any(p.grad is not None for g in self.run.groups for p in g["params"]):
+                self.check_step(attempt)
 
     def check_step(self, attempt):
         """Makes a step; compares with the reference and with a twin that has no decay."""

@@ -7,7 +7,7 @@ and where the value is mended, training goes on as if it had never been given.
 At the end hypothesis makes up states, schedules and coefficients that nobody thought of. The run
 of the test suite is bounded and always the same; a longer one, with other examples at every run:
 
-    HYPOTHESIS_PROFILE=deep pytest -n 0 --no-cov tests/test_bad_input.py -k made_up
+    HYPOTHESIS_PROFILE=deep pytest -n 0 tests/test_bad_input.py -k made_up
 
 ``BAD_INPUT_EXAMPLES`` sets how many examples each of these tests draws.
 """

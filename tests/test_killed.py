@@ -7,7 +7,7 @@ on from the newest checkpoint that loads.
 The run of the test suite is bounded and always the same. A longer one kills every variant of every
 program that many times, at other places at every run:
 
-    KILLS=6 pytest -n 2 --no-cov tests/test_killed.py -k survives
+    KILLS=6 pytest -n 2 tests/test_killed.py -k survives
 """
 
 from __future__ import annotations

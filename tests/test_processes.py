@@ -439,6 +439,20 @@ def test_what_deepspeed_wraps_later_decays_as_adamw():  # P4
     assert not same(ours, under_deepspeed(AdamW, [0.0]))
 
 
+def test_an_optimizer_that_is_stepped_one_param_group_at_a_time_is_refused():  # P5, P10
+    attached = []
+
+    def attach(optimizer, model):
+        attached.append(([p.detach().clone() for p in model.parameters()], model, optimizer))
+        DecoupledWD(optimizer, WD)
+
+    with pytest.raises(ValueError, match=r"1 param groups, but had 2, .* DeepSpeed's"):
+        under_deepspeed(Adam, [IMPORTANT, 0.0], attach)
+    before, model, optimizer = attached[0]
+    assert all(map(torch.equal, before, model.parameters()))
+    assert optimizer.param_groups[0]["weight_decay"] == IMPORTANT
+
+
 def test_exclude_tells_where_deepspeed_has_flattened_the_weights():  # P7, P12
     def attach(optimizer, model):
         DecoupledWD(optimizer, WD, exclude="*", model=model)

@@ -162,6 +162,13 @@ class Arguments:
                     f"'lr': use scale_by='none' or a callable"
                 )
 
+    def tells_apart(self, groups: Sequence[Group]) -> bool:
+        """Whether one group may decay in another way than the next, or at another time."""
+        indices = range(len(groups))
+        own = list(map(own_wd, groups, indices))
+        spares = self.spares_no_decay_groups and any(own) and not all(own)
+        return self.scheduled or spares or any(map(self._needs_peak, indices))
+
     def scale(self, index: int) -> Any:
         """The ``scale_by`` of param group ``index``."""
         return self.scale_by[index] if is_sequence(self.scale_by) else self.scale_by

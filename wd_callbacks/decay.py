@@ -161,6 +161,7 @@ class Decay:
         self._no_decay: list[bool] = []
         self._has_started = False
         self._accounts: list[Account] = []
+        self._whole = 0  # the number of param groups where they are not all alike
         self._dormant: dict[Tensor, Debt] = {}  # of parameters that had no gradient last
         self._lent: list[tuple[Group, str, Any]] = []
         self.attached = True  # cleared by a closure that detaches it
@@ -305,6 +306,21 @@ class Decay:
 
     # How much
 
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Checks that the arguments fit the groups, and that none is missing which differs.
+
+        Raises:
+            ValueError: They do not, or one is.
+        """
+        if len(groups) < self._whole:
+            raise ValueError(
+                f"the optimizer has {len(groups)} param groups, but had {self._whole}, which do "
+                f"not decay alike: what holds of each goes by its index, so that none can be taken "
+                f"away, nor stepped apart from the others (as DeepSpeed's ZeRO does)"
+            )
+        self.arguments.check_groups(groups)
+        self._whole = len(groups) if self.arguments.tells_apart(groups) else 0
+
     def meet(self, groups: Sequence[Group]) -> None:
         """Checks param groups that are new and takes from them what is taken once.
 
@@ -313,7 +329,7 @@ class Decay:
         """
         if len(groups) == len(self._accounts):
             return
-        self.arguments.check_groups(groups)
+        self.check_groups(groups)
         known = [*self.lr_max, *[None] * len(groups)]
         lr_max = list(map(self.arguments.peak, itertools.count(), groups, known))
         resolved = self.arguments.resolved(self._run, lr_max)

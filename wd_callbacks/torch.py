@@ -124,7 +124,7 @@ class DecoupledWD:
             decays=Selection(arguments.exclude, model, self._warn),
             warn=self._warn,
         )
-        arguments.check_groups(self._groups())
+        self._decay.check_groups(self._groups())
         for remark in probe.remarks(self.optimizer, arguments.follows_lr):
             self._warn(remark)
         self._frame: FrameType | None = None
