@@ -58,6 +58,7 @@ def example(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_the_example_runs(example, package, tmp_path):
     config = EXAMPLE / "config.yaml"

@@ -752,6 +752,7 @@ def inductor(device):
     assert (ours - run(Adam, 0.0, False)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_step_compiled_by_inductor():  # P4, P5
     inductor("cpu")

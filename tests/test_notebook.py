@@ -51,6 +51,7 @@ def executed(tmp_path, monkeypatch):
     return notebook
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_what_is_kept(executed):
     kept = read()
     for before, after in zip(kept.cells, executed.cells, strict=True):
