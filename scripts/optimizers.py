@@ -28,24 +28,26 @@ Make = Callable[..., Any]
 
 
 def of_module(module: str) -> Iterator[tuple[str, Make]]:
-    """The optimizers among the names of a module."""
+    """The optimizers among the names of a module, and what wraps one without being one."""
     for name, value in vars(importlib.import_module(module)).items():
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
+        steps = isinstance(value, type) and {"step", "zero_grad"} <= set(dir(value))
+        if steps and value is not Optimizer:
             yield name, value
 
 
 def of_timm(module: str) -> Iterator[tuple[str, Make]]:
     """The optimizers that timm knows by name, with the arguments that go with the name."""
     timm = importlib.import_module(module)
-    for name in timm.list_optimizers():
+    for name in [*timm.list_optimizers(), "lookahead_adamw"]:
         yield name, lambda params, name=name: timm.create_optimizer_v2(params, name)
 
 
 def of_pytorch_optimizer(module: str) -> Iterator[tuple[str, Make]]:
-    """The optimizers that pytorch_optimizer knows by name."""
+    """The optimizers that pytorch_optimizer knows by name, and those that wrap another."""
     package = importlib.import_module(module)
-    for name in package.get_supported_optimizers():
-        yield name, package.load_optimizer(name)
+    known = {name: package.load_optimizer(name) for name in package.get_supported_optimizers()}
+    yield from known.items()
+    yield from ((name, make) for name, make in of_module(module) if make not in known.values())
 
 
 PACKAGES = {
@@ -59,13 +61,15 @@ PACKAGES = {
 
 
 def build(make: Make) -> Optimizer:
-    """An optimizer of a matrix and a vector, or of a matrix alone, or around SGD."""
-    params = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
+    """An optimizer around SGD, or of a matrix and a vector, or of a matrix alone."""
+    model = nn.Linear(4, 4)
+    params = list(model.parameters())
     sgd = torch.optim.SGD(params, lr=0.1)
-    for args in ({"lr": 1e-2}, {}):
-        for of in (params, params[:1], sgd):
+    base = {"base_optimizer": torch.optim.SGD}
+    for options in ({"lr": 1e-2}, {}, {"lr": 1e-2, **base}, base):
+        for args in ([sgd], [params], [params[:1]], [model, params]):
             try:
-                return make(of, **args)
+                return make(*args, **options)
             except Exception as error:
                 found = error
     raise found
@@ -78,7 +82,7 @@ def said_of(make: Make) -> str:
         warnings.simplefilter("always")
         try:
             DecoupledWD(optimizer, 0.1)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return anonymous(f"**refused**: {error}", optimizer)
     remarks = dict.fromkeys(str(warning.message) for warning in caught)
     return anonymous("; ".join(remarks), optimizer)
@@ -87,7 +91,7 @@ def said_of(make: Make) -> str:
 def anonymous(said: str, optimizer: Optimizer) -> str:
     """What was said without the optimizer's name and numbers, as it is said of others too."""
     name = type(optimizer).__name__
-    said = said.replace(f"{name}'s", "its").replace(name, "it")
+    said = re.sub(rf"\b(?<!as ){name}('s)?", lambda found: "its" if found[1] else "it", said)
     return re.sub(r"takes [\d.e-]+ times", "takes N times", said)
 
 

@@ -210,6 +210,36 @@ class SAM(torch.optim.Optimizer):
         self.base.step()
 
 
+class LookSAM(SAM):
+    """Liu et al. (arXiv 2203.02714): climbs at every tenth step only."""
+
+    calls = 0
+
+    def step(self, closure):
+        self.calls += 1
+        if self.calls % 10:
+            closure()
+            self.base.step()
+        else:
+            super().step(closure)
+
+
+class WSAM(SAM):
+    """Yue et al. (arXiv 2305.15817): evaluates before it climbs, and takes back just the climb."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(closure)()
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        climbs = [0.05 * p.grad for p in params]
+        for p, climb in zip(params, climbs):
+            p.add_(climb)
+        torch.enable_grad()(closure)()
+        for p, climb in zip(params, climbs):
+            p.sub_(climb)
+        self.base.step()
+
+
 class Lookahead(torch.optim.SGD):
     """Zhang et al. (arXiv 1907.08610): every few steps half the way back to slow weights."""
 
@@ -248,6 +278,7 @@ def zeroed(optimizer):
 WRONG = [
     (lambda ps: WithoutHooks(torch.optim.SGD(ps, lr=0.1)), "never runs .* hooks.* its 'base'"),
     (lambda ps: SAM(ps, torch.optim.SGD, lr=0.1), "SAM undoes a decay .* attach .* its 'base'"),
+    (lambda ps: LookSAM(ps, torch.optim.SGD, lr=0.1), "LookSAM undoes a decay .* its 'base'"),
     (lambda ps: schedulefree.AdamWScheduleFree(ps), "AdamWScheduleFree undoes a decay"),
     (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.1), "SGDScheduleFree undoes a decay"),
     (lambda ps: schedulefree.RAdamScheduleFree(ps), "RAdamScheduleFree undoes a decay"),
@@ -275,6 +306,24 @@ def test_optimizers_that_undo_it_are_refused_and_left_alone(build, message):  # 
 
 def test_lookahead_is_accepted():  # P5
     DecoupledWD(Lookahead([nn.Parameter(torch.ones(2))], lr=0.1), 0.5)
+
+
+def test_a_wrapper_that_keeps_the_decay_is_accepted():  # P5, P1
+    p = nn.Parameter(torch.ones(2))
+    optimizer = WSAM([p], torch.optim.SGD, lr=0.1)
+    DecoupledWD(optimizer, 0.5)
+
+    def closure():
+        p.grad = torch.zeros(2)
+
+    optimizer.step(closure)
+    assert torch.equal(p.data, torch.full((2,), 0.95))
+
+
+def test_what_holds_an_optimizer_without_being_one_names_it():  # P5
+    wrapper = schedulefree.ScheduleFreeWrapper(torch.optim.SGD([nn.Parameter(torch.ones(2))]))
+    with pytest.raises(TypeError, match=r"got ScheduleFreeWrapper: attach .* to its 'base'"):
+        DecoupledWD(wrapper, 0.1)
 
 
 def test_the_base_of_a_wrapper_is_accepted():  # P5

@@ -21,7 +21,7 @@ from wd_callbacks.arguments import WD_KEYS, wd_key
 Weights: TypeAlias = list[Tensor]
 
 SETUP = 8  # steps: RAdam, for one, warms up over the first ones
-STEPS, SMALL_LR, KEPT = 30, 1e-4, 0.4  # of the trial whether a decay lasts
+STEPS, SMALL_LR, KEPT = 30, 1e-4, 0.4  # of the trials whether a decay lasts
 LR, WD = 1e-2, 0.1  # of the trials what else the optimizer does
 
 
@@ -34,14 +34,8 @@ def check_hooks(optimizer: Optimizer) -> None:
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        wraps = isinstance(getattr(optimizer, "optimizer", None), Optimizer)
-        instead = (
-            ", which may update other copies of the weights, as DeepSpeed's does: use AdamW's own "
-            "weight decay, or shard with torch's fully_shard (Lightning's ModelParallelStrategy)"
-        )
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {name}"
-            f"{instead if wraps and hasattr(optimizer, 'param_groups') else ''}"
+            f"optimizer must be a torch.optim.Optimizer, got {name}{_instead(optimizer)}"
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
@@ -54,7 +48,7 @@ def check_hooks(optimizer: Optimizer) -> None:
     ):
         raise ValueError(
             f"{name} never runs torch's step hooks, as it does not call "
-            f"torch.optim.Optimizer.__init__: attach the decay to {_inner(optimizer)}"
+            f"torch.optim.Optimizer.__init__: attach the decay to {_base(optimizer)}"
         )
 
 
@@ -69,7 +63,7 @@ def check_weights(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} undoes a decay right before its update: it puts back "
             f"earlier weights (as SAM does) or averages with a second copy that the decay does not "
             f"reach (as schedule-free optimizers do). Use its own weight decay, or attach the "
-            f"decay to {_inner(optimizer)}"
+            f"decay to {_base(optimizer)}"
         )
 
 
@@ -146,31 +140,55 @@ def _of_its_own(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
         )
 
 
-def _inner(optimizer: Optimizer) -> str:
+def _inner(optimizer: Any) -> str | None:
+    """The attribute in which a wrapper holds the optimizer that it wraps."""
+    held = (name for name, value in vars(optimizer).items() if isinstance(value, Optimizer))
+    return next(held, None)
+
+
+def _base(optimizer: Optimizer) -> str:
     """What to attach the decay to instead of a wrapper, for a message."""
-    for attribute, value in vars(optimizer).items():
-        if isinstance(value, Optimizer):
-            return f"its {attribute!r}"
-    return "the optimizer that it wraps, if it wraps one"
+    name = _inner(optimizer)
+    return f"its {name!r}" if name else "the optimizer that it wraps, if it wraps one"
+
+
+def _instead(thing: Any) -> str:
+    """What to use instead of something that is no optimizer but may hold one, for a message."""
+    name = _inner(thing) if hasattr(thing, "__dict__") and hasattr(thing, "param_groups") else None
+    if name is None:
+        return ""
+    if name != "optimizer":
+        return f": attach the decay to its {name!r}"
+    return (
+        ", which may update other copies of the weights, as DeepSpeed's does: use AdamW's own "
+        "weight decay, or shard with torch's fully_shard (Lightning's ModelParallelStrategy)"
+    )
 
 
 def _undoes_decay(optimizer: Optimizer) -> bool:
-    """Whether a decay right before an update is lost in the updates that follow.
+    """Whether a decay right before an update is lost in it, or in the updates that follow.
 
-    Tried on two miniatures of the optimizer that see the same gradients, one of which is halved
-    once: of the difference, Lookahead keeps half, and what puts back or averages keeps less. Where
-    they cannot be built or cannot step, nothing is held against the optimizer.
+    Tried on miniatures of the optimizer that see the same gradients, one of which is halved once:
+    of the difference, Lookahead keeps half, and what puts back or averages keeps less. A wrapper
+    may put back at some steps only, as LookSAM does, so there each one is tried. Where they cannot
+    be built or cannot step, nothing is held against the optimizer.
     """
+
+    def is_lost(at: int, steps: int) -> bool:
+        halved = _walk(optimizer, steps, lr=SMALL_LR, factors={at: 0.5})
+        return any(
+            bool(((a - b) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
+            for p, a, b in zip(whole[at], whole[steps], halved[-1])
+        )
+
     try:
         with _quietly():
             whole = _walk(optimizer, STEPS, lr=SMALL_LR)  # a large one drowns the difference
-            halved = _walk(optimizer, STEPS, lr=SMALL_LR, factors={3: 0.5})
+            return is_lost(3, STEPS) or (
+                _inner(optimizer) is not None and any(is_lost(at, at + 1) for at in range(3, STEPS))
+            )
     except Exception:
         return False
-    return any(
-        bool(((a - b) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
-        for p, a, b in zip(whole[3], whole[-1], halved[-1])
-    )
 
 
 def _are_alike(a: Weights, b: Weights, start: Weights, within: float) -> bool:
