@@ -74,7 +74,8 @@ class Recipe:
 
     def loss(self, index):
         x, y = (values.to(self.dtype) for values in batch_of(self.current_epoch, index))
-        return mse_loss(self(x), y)
+        wide = torch.promote_types(self.dtype, torch.float32)  # torch 2.4 has it in no other
+        return mse_loss(self(x).to(wide), y.to(wide))
 
     def training_step(self, batch, batch_idx):
         self._see("training_step")

@@ -43,6 +43,7 @@ FOREIGN = (
     "Using ModelCheckpoint with manual optimization and every_n_train_steps",
     "Checkpoint directory .* exists and is not empty",
     r".*call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`",
+    "You are using `torch.load` with `weights_only=False`",  # before torch 2.6
 )
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in FOREIGN]
 

@@ -25,7 +25,8 @@ from processes.common import (
     three_runs,
     values,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from processes.fsdp2 import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.functional import mse_loss
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
