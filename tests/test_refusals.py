@@ -341,3 +341,25 @@ def test_silence_where_nothing_is_wrong(recwarn):
     optimizer.step()
     optimizer.step()
     assert not recwarn.list
+
+
+class Copies(torch.optim.SGD):
+    """Updates copies of half-precision weights in single precision."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    copy = self.state[p].setdefault("copy", p.float())
+                    copy = p if p.dtype == torch.float32 else copy
+                    copy.sub_(p.grad, alpha=group["lr"])
+                    p.copy_(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_copies_of_half_precision_weights_are_refused(dtype):  # P5
+    DecoupledWD(Copies([nn.Parameter(torch.ones(2))], lr=0.1), 0.1)
+    optimizer = Copies([nn.Parameter(torch.ones(2, dtype=dtype))], lr=0.1)
+    with pytest.raises(ValueError, match=r"a second copy that the decay does not reach .* half"):
+        DecoupledWD(optimizer, 0.1)

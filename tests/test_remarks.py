@@ -197,3 +197,7 @@ def test_sgd_inside_a_schedule_is_no_remark():  # P5
     optimizer = SGD(weights(), lr=0.1, momentum=0.9)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     assert said(optimizer) == []
+
+
+def test_nothing_is_said_of_an_optimizer_that_maximizes():  # P5
+    assert said(torch.optim.SGD(weights(), lr=0.1, momentum=0.9, maximize=True)) == []

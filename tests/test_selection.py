@@ -269,3 +269,29 @@ def test_lightning_excludes_by_the_module():  # P7
     assert fit(["head.*"]) == ["backbone.weight", "backbone.bias"]
     with pytest.raises(ValueError, match=r"matches no parameter .* nearest are .*'head.bias'"):
         fit(["hea.bias"])
+
+
+def test_a_glob_imports_no_script_of_that_name(tmp_path, monkeypatch):  # P7
+    (tmp_path / "head.py").write_text("raise RuntimeError('this is a script')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    for entry in ("head.*", "head.weight"):
+        decays = Selection([entry], model)
+        assert not decays(model["head"].weight)
+        assert decays(model["body"].weight)
+
+
+def test_words_mean_the_tensors_that_parametrizations_make():  # P7
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrizations.orthogonal(model[1])
+    for module in model[1:]:
+        nn.utils.parametrize.register_parametrization(module, "bias", nn.Softplus())
+    expected = {
+        "embedding": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
+        "bias": {"1.parametrizations.bias.original", "2.parametrizations.bias.original"},
+        "norm": {"2.weight", "2.parametrizations.bias.original"},
+    }
+    for word, names in expected.items():
+        decays = Selection([word], model)
+        assert {name for name, p in model.named_parameters() if not decays(p)} == names

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
 from wd_callbacks.arguments import Arguments, Group, own_wd, wd_key
 from wd_callbacks.checks import check_debts, number
@@ -164,6 +165,8 @@ class Decay:
         self._whole = 0  # the number of param groups where they are not all alike
         self._dormant: dict[Tensor, Debt] = {}  # of parameters that had no gradient last
         self._lent: list[tuple[Group, str, Any]] = []
+        self._progress = 0.0  # at the last step
+        self._awaits_closure = False  # which is to be evaluated in the step that is being made
         self.attached = True  # cleared by a closure that detaches it
 
     # One step
@@ -193,6 +196,7 @@ class Decay:
         """
         self.give_back()
         closure = kwargs.get("closure", args[0] if args else None)
+        self._awaits_closure = callable(closure)
         if not callable(closure):
             self.apply(groups(), progress(), found_inf)
         else:
@@ -212,29 +216,41 @@ class Decay:
         found_inf: Tensor | None,
     ) -> Callable[..., Any]:
         """The closure, followed by the decay where it is the first evaluation of the step."""
-        due = True
 
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            nonlocal due
             self.give_back()
             result = closure(*args, **kwargs)
-            if not self.attached:
-                return result
-            self._follow(groups, progress if due else None, found_inf)
-            due = False
+            if self.attached:
+                self._follow(groups, progress, found_inf)
             return result
 
         return evaluate
 
     @_disable_dynamo  # the closure itself may be compiled
     def _follow(
-        self, groups: Groups, progress: Callable[[], float] | None, found_inf: Tensor | None
+        self, groups: Groups, progress: Callable[[], float], found_inf: Tensor | None
     ) -> None:
         """What comes after an evaluation of the closure: the decay, if it is due, and the loan."""
-        if progress is not None:
+        if self._awaits_closure:
             self.apply(groups(), progress(), found_inf)
+            self._awaits_closure = False
         self.lend(groups())
+
+    def skip(self, groups: Sequence[Group]) -> None:
+        """Lends for a call of ``step`` that only sets up the optimizer's state."""
+        self.give_back()
+        self._awaits_closure = False
+        self.lend(groups)
+
+    def end(self) -> None:
+        """Takes the weight decay back after a step, and tells of one that decayed nothing."""
+        self.give_back()
+        if self._awaits_closure:
+            self._say(
+                "the optimizer has not evaluated the closure that its step was given, so that "
+                "nothing decayed: evaluate it yourself, and call step without it"
+            )
 
     def apply(
         self, groups: Sequence[Group], progress: float, found_inf: Tensor | None = None
@@ -353,7 +369,7 @@ class Decay:
         before = {**vars(self)}
         try:
             self.meet(groups)
-            self.coefficients = self._coefficients(groups, progress)
+            self.coefficients, self._progress = self._coefficients(groups, progress), progress
             return list(map(self._shrink, itertools.count(), self.coefficients, groups))
         except BaseException:
             vars(self).update(before)
@@ -396,6 +412,8 @@ class Decay:
         if scale == "none":
             return 1.0
         lr, lr_max = _scalar(group.get("lr"), index, "lr"), self.lr_max[index]
+        if group.get("fused") and isinstance(lr, Tensor) and lr.is_cpu:
+            lr = lr.item()  # torch's fused updates compute with it in double precision
         if scale == "lr":
             return lr
         assert lr_max is not None
@@ -412,7 +430,7 @@ class Decay:
         """Opens new accounts where the parameters that will be updated are not those of before."""
         # FSDP's processes hold nothing of some parameters, whose debts they keep all the same.
         with_grad = [
-            [p for p in group["params"] if p.grad is not None or p.numel() == 0] for group in groups
+            [p for p in group["params"] if p.grad is not None or _is_empty(p)] for group in groups
         ]
         if all(map(Account.is_current, self._accounts, with_grad, shrinks)):
             return
@@ -472,11 +490,14 @@ class Decay:
             label: What stands before the index of each.
         """
         if len(groups) != len(self._accounts):
-            trial = Decay(self.arguments, run=self._run, decays=self._decays, warn=_silent)
-            trial.lr_max = self.lr_max
+            trial = copy.copy(self)
+            trial._warn, trial._warned = _silent, set()
             trial.meet(groups)
             return trial.describe(groups, label)
-        coefficients = self.coefficients or self._coefficients(groups, 0.0)
+        coefficients = [
+            *self.coefficients,
+            *self._coefficients(groups, self._progress)[len(self.coefficients) :],
+        ]
         return Description(
             self._row(index, group, coefficients[index], label)
             for index, group in enumerate(groups)
@@ -488,7 +509,7 @@ class Decay:
         debts = self._debts()
         owed = sum(debts.get(p, Debt()).owed for p in decaying) / max(len(decaying), 1)
         amount, scale = self._shrink(index, coefficient, group).amount, self.arguments.scale(index)
-        numbers = [sum(p.numel() for p in some) for some in (params, decaying)]
+        numbers = [sum(0 if is_lazy(p) else p.numel() for p in s) for s in (params, decaying)]
         return Row(
             group=f"{label}{index}",
             coefficient=coefficient,
@@ -533,7 +554,7 @@ class Decay:
         loaded._no_decay, loaded.lr_max, loaded._resolved = [], list(self._peaks), self.arguments
         if state["owed"]:  # else it was saved before the first step, when nothing was taken
             loaded._no_decay = list(map(bool, state["no_decay"]))
-            if self.arguments.max_lr is None:
+            if self.arguments.max_lr is None and state["arguments"].get("max_lr") is None:
                 loaded.lr_max = list(state["lr_max"])
             loaded.meet(groups)
         rows = zip(state["owed"], state["payments"], state["due"])
@@ -559,6 +580,10 @@ class Decay:
 
 def _silent(message: str) -> None:
     """Says nothing: the same will be said when training starts."""
+
+
+def _is_empty(p: Tensor) -> bool:
+    return not is_lazy(p) and p.numel() == 0
 
 
 def _kind(p: Tensor) -> Kind:

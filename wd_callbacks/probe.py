@@ -23,6 +23,7 @@ Weights: TypeAlias = list[Tensor]
 SETUP = 8  # steps: RAdam, for one, warms up over the first ones
 STEPS, SMALL_LR, KEPT = 30, 1e-4, 0.4  # of the trials whether a decay lasts
 LR, WD = 1e-2, 0.1  # of the trials what else the optimizer does
+HALF = (torch.float16, torch.bfloat16)
 
 
 def check_hooks(optimizer: Optimizer) -> None:
@@ -56,14 +57,16 @@ def check_weights(optimizer: Optimizer) -> None:
     """Refuses an optimizer on which decay from outside would be lost or wrong.
 
     Raises:
-        ValueError: It puts back decayed weights, or averages them with others.
+        ValueError: It puts back decayed weights, averages them with others, or updates others.
     """
-    if _undoes_decay(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    has_half = any(p.dtype in HALF for p in params)  # of which there may be copies in float32
+    if _undoes_decay(optimizer) or (has_half and _undoes_decay(optimizer, half=True)):
         raise ValueError(
             f"{type(optimizer).__name__} undoes a decay right before its update: it puts back "
-            f"earlier weights (as SAM does) or averages with a second copy that the decay does not "
-            f"reach (as schedule-free optimizers do). Use its own weight decay, or attach the "
-            f"decay to {_base(optimizer)}"
+            f"earlier weights (as SAM does), or holds a second copy that the decay does not reach "
+            f"(as schedule-free optimizers do, and some for weights in half precision). Use its "
+            f"own weight decay, or attach the decay to {_base(optimizer)}"
         )
 
 
@@ -165,17 +168,21 @@ def _instead(thing: Any) -> str:
     )
 
 
-def _undoes_decay(optimizer: Optimizer) -> bool:
+def _undoes_decay(optimizer: Optimizer, half: bool = False) -> bool:
     """Whether a decay right before an update is lost in it, or in the updates that follow.
 
     Tried on miniatures of the optimizer that see the same gradients, one of which is halved once:
     of the difference, Lookahead keeps half, and what puts back or averages keeps less. A wrapper
     may put back at some steps only, as LookSAM does, so there each one is tried. Where they cannot
     be built or cannot step, nothing is held against the optimizer.
+
+    Args:
+        optimizer: The optimizer, which is left alone.
+        half: Whether weights in half precision stay so.
     """
 
     def is_lost(at: int, steps: int) -> bool:
-        halved = _walk(optimizer, steps, lr=SMALL_LR, factors={at: 0.5})
+        halved = _walk(optimizer, steps, lr=SMALL_LR, factors={at: 0.5}, half=half)
         return any(
             bool(((a - b) * p).sum() / (0.5 * (p * p).sum()) < KEPT)
             for p, a, b in zip(whole[at], whole[steps], halved[-1])
@@ -183,7 +190,8 @@ def _undoes_decay(optimizer: Optimizer) -> bool:
 
     try:
         with _quietly():
-            whole = _walk(optimizer, STEPS, lr=SMALL_LR)  # a large one drowns the difference
+            # A large learning rate would drown the difference.
+            whole = _walk(optimizer, STEPS, lr=SMALL_LR, half=half)
             return is_lost(3, STEPS) or (
                 _inner(optimizer) is not None and any(is_lost(at, at + 1) for at in range(3, STEPS))
             )
@@ -228,6 +236,7 @@ def _walk(
     factors: Mapping[int, float] = MappingProxyType({}),
     l2: float = 0.0,
     noise: float = 1.0,
+    half: bool = False,
 ) -> list[Weights]:
     """Where some steps take a miniature of the optimizer; the first ones only set up its state.
 
@@ -239,6 +248,7 @@ def _walk(
         factors: From the index of a step to what the weights are multiplied by before its update.
         l2: After setup, the coefficient of an L2 term of the gradients.
         noise: What the gradients, the same in each walk, are multiplied by.
+        half: Whether weights in half precision stay so; else all are in single precision.
 
     Returns:
         The weights before the first step and after each.
@@ -247,7 +257,7 @@ def _walk(
         ArithmeticError: They do not stay finite.
     """
     torch.manual_seed(0)
-    twin = _miniature(optimizer, {})
+    twin = _miniature(optimizer, {}, half)
     for group in twin.param_groups:
         if "lr" in group:  # a warmup may start from 0
             old = group["lr"]
@@ -265,20 +275,20 @@ def _walk(
     return trail
 
 
-def _miniature(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+def _miniature(optimizer: Optimizer, memo: dict[int, Any], half: bool) -> Optimizer:
     """A copy without state and hooks that has one tiny weight per param group."""
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     memo[id(optimizer.state)] = defaultdict(dict)
     for group in optimizer.param_groups:
         if id(group["params"]) not in memo:
-            tiny = [_tiny(p.ndim) for p in group["params"][:1]]
+            tiny = [_tiny(p, half) for p in group["params"][:1]]
             memo |= {id(p): tiny[0] for p in group["params"]} | {id(group["params"]): tiny}
     # Learning rate schedulers put a function of the real optimizer in the place of `step`.
     attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
     for value in attributes.values():
         if isinstance(value, Optimizer) and id(value) not in memo:
-            _miniature(value, memo)
+            _miniature(value, memo, half)
         if isinstance(value, FunctionType) and value.__closure__:
             raise TypeError("a closure may hold the real weights")
     for name, value in attributes.items():
@@ -305,11 +315,12 @@ def _thin(groups: list[dict[str, Any]]) -> None:
         seen.add(kind)
 
 
-def _tiny(ndim: int) -> torch.nn.Parameter:
+def _tiny(p: Tensor, half: bool) -> torch.nn.Parameter:
     """Weights that differ, as some optimizers normalize them."""
-    weights = torch.linspace(0.5, 1.5, 2**ndim, device="cpu")
+    dtype = p.dtype if half and p.dtype in HALF else torch.float32
+    weights = torch.linspace(0.5, 1.5, 2**p.ndim, device="cpu", dtype=dtype)
     weights[1::3] *= -1
-    return torch.nn.Parameter(weights.reshape((2,) * ndim))
+    return torch.nn.Parameter(weights.reshape((2,) * p.ndim))
 
 
 def _weights(optimizer: Optimizer) -> Weights:
@@ -328,8 +339,9 @@ def _step(twin: Optimizer, closes: bool, seed: int, factor: float, l2: float, no
         generator = torch.Generator().manual_seed(seed)
         for group in twin.param_groups:
             for p in group["params"]:
-                gradient = torch.randn(p.shape, generator=generator, device="cpu")
-                p.grad = noise * gradient + l2 * p.detach()
+                gradient = torch.randn(p.shape, generator=generator, device="cpu").to(p.dtype)
+                sign = -1 if group.get("maximize") else 1
+                p.grad = noise * gradient + sign * l2 * p.detach()
                 p.data.mul_(factors[0] if factors else 1.0)
         factors.clear()
         return torch.zeros(())

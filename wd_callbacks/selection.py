@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 WORDS = ("bias", "norm", "embedding", "marked")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -86,7 +87,8 @@ class Selection:
         excluded: dict[Tensor, list[bool]] = {}
         names: dict[Tensor, list[str]] = {}
         matched: set[int] = set()
-        matches = [_match(entry, self._model) for entry in self._exclude]
+        known = [name for name, *_ in named]
+        matches = [_match(entry, self._model, known) for entry in self._exclude]
         for name, p, modules in named:
             hits = {i for i, match in enumerate(matches) if match(name, p, modules)}
             matched |= hits
@@ -94,7 +96,7 @@ class Selection:
             names.setdefault(p, []).append(name)
         for index, entry in enumerate(self._exclude):
             if index not in matched and entry not in WORDS:
-                _refuse(entry, [name for name, _, _ in named])
+                _refuse(entry, known)
         for p, each in excluded.items():
             if any(each) and not all(each) and p not in self._decays:
                 self._warn(
@@ -135,24 +137,36 @@ def _named_parameters(model: nn.Module) -> Any:
     return walk(model, (), ())
 
 
-def _match(entry: Any, model: nn.Module) -> Match:
-    """How ``entry`` is matched."""
+def _match(entry: Any, model: nn.Module, names: Sequence[str]) -> Match:
+    """How ``entry`` is matched, in a model whose parameters have these ``names``."""
     if entry == "bias":
-        return lambda name, p, modules: _is_bias(name.rpartition(".")[2])
+        return lambda name, p, modules: _is_bias(_own_name(name, modules))
     if entry == "norm":
-        return lambda name, p, modules: _is_norm(modules[-1])
+        return lambda name, p, modules: _is_norm(_owner(modules))
     if entry == "embedding":
-        return lambda name, p, modules: isinstance(modules[-1], EMBEDDINGS)
+        return lambda name, p, modules: isinstance(_owner(modules), EMBEDDINGS)
     if entry == "marked":
         return _is_marked(model)
     if isinstance(entry, str):
-        kind = _module_type(entry)
+        # Only what is no glob here, as a script beside may have the name of a submodule.
+        is_glob = any(fnmatch.fnmatchcase(name, entry) for name in names)
+        kind = None if is_glob else _module_type(entry)
         if kind is None:
             return lambda name, p, modules: fnmatch.fnmatchcase(name, entry)
         entry = kind
     if isinstance(entry, type) and issubclass(entry, nn.Module):
         return lambda name, p, modules: any(isinstance(module, entry) for module in modules)
     return lambda name, p, modules: _predicate(entry, name, p)
+
+
+def _owner(modules: Sequence[nn.Module]) -> nn.Module:
+    """The module whose tensor it is, also where a parametrization holds what that is made of."""
+    return modules[-3] if isinstance(modules[-1], ParametrizationList) else modules[-1]
+
+
+def _own_name(name: str, modules: Sequence[nn.Module]) -> str:
+    """The last part of the name, or that of the tensor which a parametrization makes of it."""
+    return name.split(".")[-2 if isinstance(modules[-1], ParametrizationList) else -1]
 
 
 def _is_bias(name: str) -> bool:

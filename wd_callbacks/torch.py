@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DYNAMO = ("torch._compile", "torch._dynamo.eval_frame")  # where torch.compile leaves hooks alone
+STATE_SETUP = "torch.distributed.checkpoint.state_dict"  # steps with gradients and lr of 0
 WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
 
@@ -179,6 +180,9 @@ class DecoupledWD:
         if _is_running(self._frame):
             return None  # `step` called `super().step()`
         self._frame = _caller()
+        if not optimizer.state and _is_called_from(STATE_SETUP):
+            self._decay.skip(self._groups())
+            return None
         if self.steps == 0:
             self._show()
         found_inf = getattr(optimizer, "found_inf", None)
@@ -194,7 +198,8 @@ class DecoupledWD:
     @_disable_dynamo
     def _after_step(self, *_: object) -> None:
         if _caller() is self._frame:
-            self._end_step()
+            self._frame = None
+            self._decay.end()
 
     def _before_state_dict(self, _: Optimizer) -> None:
         if not _is_running(self._frame):
@@ -270,6 +275,7 @@ class DecoupledWD:
         attached = state.pop("_attached")
         vars(self).update(state)
         if attached:
+            check_undecayed(self.optimizer)  # a shallow copy shares it
             self._attach()
 
 
@@ -302,5 +308,13 @@ def _is_running(frame: FrameType | None) -> bool:
     """Whether ``frame`` is on the call stack: a step that raised is not, and has no end."""
     caller = sys._getframe(1) if frame is not None else None
     while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _is_called_from(module: str) -> bool:
+    """Whether code of ``module`` is on the call stack."""
+    caller = sys._getframe(1) if module in sys.modules else None
+    while caller is not None and caller.f_globals.get("__name__") != module:
         caller = caller.f_back
     return caller is not None

@@ -14,6 +14,7 @@ Where the promises leave a choice, it is made here:
 - A decay that is attached anew starts with nothing owed, at progress 0.
 - What is owed may exceed the quantum after that has become smaller (in a resumed run, or with
   another dtype), until the next step that decays the parameter.
+- torch's fused updates compute in double precision, also with a learning rate that is a tensor.
 - A run whose ``wd`` has one value per group, or is None, notes which groups a single number would
   spare, for one that resumes it.
 """
@@ -121,7 +122,7 @@ class ReferenceDecay:
         fresh = copy.deepcopy(self)
         fresh.steps = saved.steps
         if saved.met:
-            if self.max_lr is None:
+            if self.max_lr is None and saved.max_lr is None:
                 fresh.peaks = list(saved.peaks)
             fresh.spared = list(saved.spared)
             fresh._meet(groups)
@@ -158,6 +159,8 @@ class ReferenceDecay:
 
     def _scale(self, index, group):
         scale, lr, peak = _of_group(self.scale_by, index), group["lr"], self.peaks[index]
+        if group.get("fused"):
+            lr = float(lr)
         if callable(scale):
             return scale(group)
         return {
