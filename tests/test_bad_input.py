@@ -1137,6 +1137,11 @@ def having(key, value):
     return lambda state: {**state, key: value(state[key]) if callable(value) else value}
 
 
+def of_0_1_0(state, done):
+    """A state as version 0.1.0 saved it."""
+    return having("done", done)(without("position")(state))
+
+
 def instead(value):
     return lambda state: value
 
@@ -1698,20 +1703,27 @@ def check_taken_off(optimizer):
 
 NOT_OF_IT = r"this is no state of a DecoupledWD of the optimizers \[0\]:"
 LIGHTNING_STATES = [
-    row("{0: {}}", lambda state: {0: {}}, NO_STATE + "done, length"),
-    row("{0: None}", lambda state: {0: None}, NO_STATE + "done, length"),
-    row("no done", lambda state: {0: without("done")(state[0])}, NO_STATE + "done"),
+    row("{0: {}}", lambda state: {0: {}}, NO_STATE + "length"),
+    row("{0: None}", lambda state: {0: None}, NO_STATE + "length"),
+    row("no position", lambda state: {0: without("position")(state[0])}, NO_STATE + "done"),
+    row("done='1'", lambda state: {0: of_0_1_0(state[0], "1")}, UNFIT.format("done")),
+    row("done=-1", lambda state: {0: of_0_1_0(state[0], -1)}, UNFIT.format("done")),
     row("no length", lambda state: {0: without("length")(state[0])}, NO_STATE + "length"),
     row("no steps", lambda state: {0: without("steps")(state[0])}, NO_STATE + "steps"),
     row("no owed", lambda state: {0: without("owed")(state[0])}, NO_STATE + "owed"),
     row(
         "of another model",
-        lambda state: {0: {**other_state(), "done": 1, "length": 9}},
+        lambda state: {0: {**other_state(), "position": 0.1, "length": 9}},
         r"the state is of param groups with \[1, 1\] parameters, the optimizer's have \[4\]",
     ),
-    row("done='1'", lambda state: {0: having("done", "1")(state[0])}, UNFIT.format("done")),
-    row("done=nan", lambda state: {0: having("done", math.nan)(state[0])}, UNFIT.format("done")),
-    row("done=-1", lambda state: {0: having("done", -1)(state[0])}, UNFIT.format("done")),
+    *(
+        row(
+            f"position={value!r}",
+            lambda state, value=value: {0: having("position", value)(state[0])},
+            UNFIT.format("position"),
+        )
+        for value in ("1", math.nan, -1, 1.5, True)
+    ),
     row("None", instead(None), f"{NOT_OF_IT} None"),
     row("a list", lambda state: [state[0]], rf"{NOT_OF_IT} \[.*"),
     row("by text", lambda state: {"0": state[0]}, rf"{NOT_OF_IT} \{{'0': .*"),

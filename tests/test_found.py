@@ -39,6 +39,27 @@ def test_what_is_owed_is_paid_under_a_smaller_quantum(quantum):  # P8, P9
 
 
 @pytest.mark.filterwarnings("ignore:(quantum|wd) was")
+@pytest.mark.parametrize("owed", [0.04, 0.3, 0.9])
+def test_all_of_a_debt_is_paid_at_once_under_a_quantum_of_0(owed):  # P8, P4
+    p, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 0.1, quantum=0.99)
+    for lr in torch.linspace(1, 0, 9)[:-1].tolist():
+        optimizer.param_groups[0]["lr"] = owed * lr
+        optimizer.step()
+        state = decay.state_dict()
+        other, fresh = one_weight()
+        fresh.param_groups[0]["lr"] = 1e-3
+        resumed = DecoupledWD(fresh, 0.1, quantum=0)
+        resumed.load_state_dict(state)
+        fresh.step()
+        assert resumed.state_dict()["owed"] == [[0.0]]
+        before = other.detach().clone()
+        fresh.step()
+        assert torch.equal(other.detach(), before.mul(1 - 1e-3 * 0.1))
+    assert torch.equal(p.detach(), torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:(quantum|wd) was")
 def test_a_bfloat16_weight_pays_enough_of_a_debt_under_a_smaller_quantum():  # P8, P9
     _, optimizer = one_weight(torch.bfloat16)
     decay = DecoupledWD(optimizer, 1.0, quantum=0.2)

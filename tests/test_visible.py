@@ -239,42 +239,129 @@ def test_lightning_logs_at_the_trainer_s_interval(tmp_path):  # P13
     assert [int(row["step"]) for row in rows] == [4, 9]
 
 
+# Everywhere the weight decay is ten times the learning rate, by which the names are told apart.
+
+
+def of(cls, *parts, lr=0.01, **options):
+    """An optimizer with a param group for each of the modules."""
+    groups = [
+        {"params": list(part.parameters()), "lr": lr * i, "weight_decay": 10 * lr * i, **options}
+        for i, part in enumerate(parts, start=1)
+    ]
+    return cls(groups)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def two_adams(module):
+    return [of(torch.optim.Adam, module.backbone), of(torch.optim.Adam, module.head, lr=0.05)]
+
+
+def second_has_a_scheduler(module):
+    first, second = two_adams(module)
+    return [first, second], [constant(second)]
+
+
+def named_schedulers(module):
+    first, second = two_adams(module)
+    configs = [
+        {"scheduler": constant(it), "name": n} for it, n in ((first, "lr-mine"), (second, None))
+    ]
+    return [first, second], configs
+
+
+def named_groups(module):
+    optimizer = of(torch.optim.SGD, module.backbone, module.head)
+    for group, name in zip(optimizer.param_groups, ("body", "head")):
+        group["name"] = name
+    return optimizer
+
+
+NAMES = {
+    "one group": (lambda m: of(torch.optim.Adam, m), {"Adam"}),
+    "groups": (
+        lambda m: of(torch.optim.SGD, m.backbone, m.middle, m.head),
+        {"SGD/pg1", "SGD/pg2", "SGD/pg3"},
+    ),
+    "a named group": (lambda m: of(torch.optim.SGD, m, name="all"), {"SGD/all"}),
+    "named groups": (named_groups, {"SGD/body", "SGD/head"}),
+    "two of a class": (two_adams, {"Adam", "Adam-1"}),
+    "the second has a scheduler": (second_has_a_scheduler, {"Adam", "Adam-1"}),
+    "named schedulers": (named_schedulers, {"mine", "Adam"}),
+}
+
+
 @lightning_only
-def test_lightning_names_are_those_of_learning_rate_monitor(tmp_path):  # P13
+@pytest.mark.parametrize(("make", "expected"), NAMES.values(), ids=NAMES)
+def test_lightning_names_are_those_of_learning_rate_monitor(make, expected):  # P13
+    assert names_logged(make) == expected
+
+
+@lightning_only
+def test_lightning_names_groups_that_are_added():  # P13
     import pytorch_lightning as pl
-    from lightning_models import loader, model_class
+
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                added = of(torch.optim.Adam, pl_module.head, lr=0.03).param_groups[0]
+                trainer.optimizers[0].add_param_group(added)
+
+    names = names_logged(lambda m: of(torch.optim.Adam, m.backbone), Unfreeze())
+    assert names == {"Adam", "Adam/pg1", "Adam/pg2"}
+
+
+def names_logged(make, *callbacks):
+    """The names without ``wd-`` and ``lr-``: they are to be the same, and tell the same groups."""
+    import pytorch_lightning as pl
+    from lightning_models import fit
 
     from wd_callbacks.lightning import DecoupledWD
 
-    def groups(module):
-        return torch.optim.Adam(
-            [{"params": [p]} for p in module.backbone.parameters()]
-            + [{"params": list(module.head.parameters())}],
-            lr=0.01,
-        )
+    values = {"wd": {}, "lr": {}}
 
-    def names(make):
-        logger = pl.loggers.CSVLogger(tmp_path, name=str(make.__name__))
-        callbacks = [DecoupledWD(0.1), pl.callbacks.LearningRateMonitor("step")]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=logger,
-            max_epochs=1,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(model_class(pl)(make), loader(2))
-        with open(f"{logger.log_dir}/metrics.csv") as file:
-            columns = next(csv.reader(file))
-        return [{c[3:] for c in columns if c.startswith(start)} for start in ("wd-", "lr-")]
+    class Log(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            for name, value in metrics.items():
+                values[name[:2]][name[3:]] = value
 
-    ours, theirs = names(groups)
-    assert ours == theirs == {"Adam/pg1", "Adam/pg2", "Adam/pg3"}
-    ours, theirs = names(adam)
-    assert ours == theirs == {"Adam"}
+    monitor = pl.callbacks.LearningRateMonitor("step")
+    settings = {"logger": Log(), "log_every_n_steps": 1, "model": {"manual": True}}
+    fit(pl, make, DecoupledWD(), monitor, *callbacks, **settings)
+    assert values["wd"] == pytest.approx({name: 10 * lr for name, lr in values["lr"].items()})
+    return set(values["wd"])
+
+
+@lightning_only
+def test_lightning_logs_an_optimizer_that_seldom_steps():  # P13
+    import pytorch_lightning as pl
+    from lightning_models import loader, model_class, quiet_trainer
+
+    from wd_callbacks.lightning import DecoupledWD
+
+    class Turns(model_class(pl)):
+        def training_step(self, batch, batch_idx):
+            for optimizer, every in zip(self.optimizers(), (1, 5)):
+                if batch_idx % every == 0:
+                    optimizer.zero_grad()
+                    self.manual_backward(self.loss(batch_idx))
+                    optimizer.step()
+
+    rows = []
+
+    class Log(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append(metrics)
+
+    decay = DecoupledWD({0: Linear(1, 0), 1: Linear(1, 0)})
+    trainer = quiet_trainer(pl, decay, max_epochs=1, logger=Log(), log_every_n_steps=4)
+    trainer.fit(Turns(two_adams, manual=True), loader(20))
+    assert [row["wd-Adam"] for row in rows] == pytest.approx([1 - i / 20 for i in range(3, 20, 4)])
+    # It steps in the batches 0, 5, 10 and 15, each time at the position of the time before.
+    seldom = [row["wd-Adam-1"] for row in rows if "wd-Adam-1" in row]
+    assert seldom == pytest.approx([1, 1 - 1 / 20, 1 - 6 / 20, 1 - 11 / 20])
 
 
 @lightning_only

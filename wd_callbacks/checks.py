@@ -70,10 +70,10 @@ def check_debts(state: Any, sizes: list[int]) -> None:
     check_state(
         state,
         arguments=lambda value: isinstance(value, Mapping),
-        owed=_all(_all(lambda value: _is_amount(value) and value < MOST_OWED)),
+        owed=_all(_all(lambda value: is_amount(value) and value < MOST_OWED)),
         payments=_all(_all(is_count)),
-        due=_all(_is_amount),
-        lr_max=_all(lambda value: value is None or (_is_amount(value) and value > 0)),
+        due=_all(is_amount),
+        lr_max=_all(lambda value: value is None or (is_amount(value) and value > 0)),
         no_decay=_all(lambda value: value in (0, 1)),
     )
     for name in ("owed", "payments"):
@@ -91,10 +91,11 @@ def check_debts(state: Any, sizes: list[int]) -> None:
 
 def is_count(value: Any) -> bool:
     """Whether an entry of a state is a whole number of at least 0."""
-    return type(value) is int and _is_amount(value)
+    return type(value) is int and is_amount(value)
 
 
-def _is_amount(value: Any) -> bool:
+def is_amount(value: Any) -> bool:
+    """Whether an entry of a state is a finite number of at least 0."""
     return type(value) in (int, float) and 0 <= as_float(value) < math.inf
 
 

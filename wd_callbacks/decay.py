@@ -91,7 +91,7 @@ class Cohort:
         grain = 2.0**-53 if dtype in DOUBLES else 2.0**-24
         payment = min(math.floor(payment / grain), 1 / grain - 1) * grain
         owed = max(0.0, owed + math.log1p(-payment))
-        if shrink >= self.quantum and owed < grain:
+        if shrink >= self.quantum and -math.expm1(-owed) * (1 - payment) < grain:
             owed = 0.0  # the end of it, from where on each step is applied as it is
         self.debt = Debt(owed, payments + 1)
         return 1 - payment

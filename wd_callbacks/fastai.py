@@ -95,6 +95,7 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         self._decay: Decay | None = None  # of the fit that is running, or of the last one
         self._fits = 0  # `validate` in the middle of a fit fires `before_fit` and `after_fit` too
         self._bound = False
+        self._opt: Any = None  # the optimizer that `_decay` is of
 
     @property
     def coefficients(self) -> list[float]:
@@ -118,15 +119,18 @@ class DecoupledWD(Callback):  # type: ignore[misc]
 
     def before_train(self) -> None:
         """Start afresh in the first epoch that trains, also after a fit that was interrupted."""
-        self._epoch, self._n_iter = self.epoch, len(self.dl)
-        if not self._bound or self._fits > 1:
-            self._fits, self._bound, self._opt = 1, True, self.opt
-            self._decay = self._new_decay()
-            self._done = self._epoch * self._n_iter
+        self._n_iter = len(self.dl)
+        starts = not self._bound or self._fits > 1
+        if starts:
+            self._fits, self._bound = 1, True
+            self._position = self.epoch / self.n_epoch
             self._used: list[float] = []
             self._batches = 0
-            if self.arguments.verbose and rank_distrib() == 0:
-                print(self.describe())
+        if starts or self.opt is not self._opt:
+            self._opt = self.opt
+            self._decay = self._new_decay()
+        if starts and self.arguments.verbose and rank_distrib() == 0:
+            print(self.describe())
 
     def before_step(self) -> None:
         """Have the optimizer decay when it steps, which another callback may still cancel."""
@@ -134,9 +138,10 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         self.opt.step = _Step(self.opt, self._decayed_step)
 
     def after_step(self) -> None:
-        """Note how many batches are done, also where the step was cancelled."""
+        """Note what part of the fit is done, also where the step was cancelled."""
         _Step.remove(self.opt)
-        self._done = self._epoch * self._n_iter + self.iter + 1
+        batches = self.epoch * self._n_iter + self.iter + 1
+        self._position = batches / (self._n_iter * self.n_epoch)
 
     def after_batch(self) -> None:
         self._batches += 1
@@ -153,7 +158,7 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         scheds = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
         hps = {name: values for cb in scheds for name, values in getattr(cb, "hps", {}).items()}
         used = self._used + self._used[-1:] * (self._batches - len(self._used))
-        return {**hps, "wd": used}
+        return {**hps, "wd": used[: self._batches]}
 
     def _new_decay(self) -> Decay:
         if sum(isinstance(cb, DecoupledWD) for cb in self.learn.cbs) > 1:
@@ -176,7 +181,11 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         batches = 1
         for cb in self.learn.cbs:
             if isinstance(cb, GradientAccumulation):
-                batches = math.ceil(cb.n_acc / self.dls.train.bs)
+                dl = self.dls.train
+                bs = getattr(dl, "bs", None) or getattr(dl, "batch_size", None)
+                if bs is None:  # the data come in batches already, of which nothing is known
+                    return Run()
+                batches = math.ceil(cb.n_acc / bs)
         steps_per_epoch = self._n_iter / batches
         return Run(steps_per_epoch * self.n_epoch, steps_per_epoch)
 
@@ -210,7 +219,8 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         if self.learn is None or not self._bound:  # left behind by a fit that was interrupted
             return opt.step(*args, **kwargs)
         assert self._decay is not None
-        args, kwargs = self._decay.begin(partial(_groups, opt), self._progress, args, kwargs)
+        groups = partial(_groups, opt)
+        args, kwargs = self._decay.begin(groups, lambda: self._position, args, kwargs)
         try:
             return opt.step(*args, **kwargs)
         finally:
@@ -218,13 +228,10 @@ class DecoupledWD(Callback):  # type: ignore[misc]
             # One value for each batch that has led to this step, as ParamScheduler records them.
             self._used += self._decay.coefficients[-1:] * (self._batches + 1 - len(self._used))
 
-    def _progress(self) -> float:
-        return float(self._done / (self._n_iter * self.n_epoch))
-
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
         own = {name: value for name, value in vars(self).items() if name in ("arguments", "learn")}
-        return {**own, "_decay": None, "_fits": 0, "_bound": False}
+        return {**own, "_decay": None, "_fits": 0, "_bound": False, "_opt": None}
 
 
 class _Step:

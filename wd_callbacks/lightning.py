@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
-from wd_callbacks.checks import NO_STATE, check_state, is_count, is_sequence
+from wd_callbacks.checks import NO_STATE, check_state, is_amount, is_count, is_sequence
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run, Schedule
 
@@ -53,7 +54,7 @@ def _callbacks() -> tuple[type, ...]:
 
 
 class _Run:
-    """How long a run is, and at which of its batches it is.
+    """How long a run is, and where in it the current batch starts.
 
     Attributes:
         batches: Training batches of the run, as far as its epochs, or the steps of automatic
@@ -61,24 +62,23 @@ class _Run:
         steps: Optimizer steps of the run; with manual optimization, which may make any number of
             them in a batch, only ``max_steps`` tells.
         steps_per_epoch: Those of its first epoch, with automatic optimization.
-        batch: The current batch, counted from the start of the run.
-        start: The batch with which this process started.
-        fraction: ``global_step / steps`` when the current batch started, with manual optimization.
+        position: What part of the run was done when the current batch started, from 0 to 1.
     """
 
     def __init__(self, trainer: Any, max_epochs: int, automatic: bool) -> None:
-        per_epoch = trainer.num_training_batches
-        epochs = math.inf if max_epochs == -1 else max_epochs
         self.automatic = automatic
-        self.batches = epochs * per_epoch if epochs and per_epoch else 0
+        self.per_epoch = trainer.num_training_batches
+        self.epochs = math.inf if max_epochs == -1 else max_epochs
+        self.batches = self.epochs * self.per_epoch if self.epochs and self.per_epoch else 0
         self.steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         self.steps_per_epoch = math.inf
+        self.by_epochs = True
         if automatic:
-            every = _accumulation(trainer)
-            self.batches, self.steps = _windows(per_epoch, every, epochs, self.steps)
-            self.steps_per_epoch = _windows(per_epoch, every, 1, math.inf)[1]
-        self.batch, self.fraction = 0, 0.0
-        self.start: int | None = None
+            most, windows = self.batches, _accumulation(trainer)
+            self.batches, self.steps = _until(self.per_epoch, windows, self.epochs, self.steps)
+            self.steps_per_epoch = _until(self.per_epoch, windows, 1, math.inf)[1]
+            self.by_epochs = self.batches == most
+        self.position = 0.0
 
     def is_finite(self) -> bool:
         """Whether the run ends after a known number of batches or steps."""
@@ -90,40 +90,43 @@ class _Run:
 
     def start_batch(self, trainer: Any, batch_idx: int) -> None:
         """Moves on to the batch that starts."""
-        per_epoch = trainer.num_training_batches
-        if math.isfinite(per_epoch):
-            self.batch = trainer.current_epoch * per_epoch + batch_idx
+        per_epoch, epoch = trainer.num_training_batches, trainer.current_epoch
+        by_steps = trainer.global_step / self.steps
+        if math.isinf(per_epoch):
+            by_batches = trainer.fit_loop.total_batch_idx / self.batches
+        elif per_epoch == self.per_epoch:
+            by_batches = (epoch * per_epoch + batch_idx) / self.batches
+        elif self.by_epochs:  # the loader's length has changed
+            by_batches = (epoch + batch_idx / per_epoch) / self.epochs
         else:
-            self.batch = trainer.fit_loop.total_batch_idx
-        self.fraction = 0.0 if self.automatic else trainer.global_step / self.steps
-        if self.start is None:
-            self.start = self.batch
+            by_batches = by_steps
+        self.position = by_batches if self.automatic else max(by_batches, by_steps)
 
 
-def _accumulation(trainer: Any) -> Callable[[int], int]:
-    """From an epoch to the number of batches in a window of accumulation."""
+def _accumulation(trainer: Any) -> dict[int, int]:
+    """How many batches are in a window of accumulation, by the epoch from where that holds."""
     for callback in trainer.callbacks:
         if hasattr(callback, "get_accumulate_grad_batches"):
-            return cast(Callable[[int], int], callback.get_accumulate_grad_batches)
-    return lambda epoch: int(trainer.accumulate_grad_batches)
+            return dict(sorted(callback.scheduling.items()))
+    return {0: int(trainer.accumulate_grad_batches)}
 
 
-def _windows(
-    per_epoch: float, every: Callable[[int], int], epochs: float, most: float
+def _until(
+    per_epoch: float, windows: dict[int, int], epochs: float, most: float
 ) -> tuple[float, float]:
     """Batches and steps until ``epochs`` are over or ``most`` steps made, one step per window."""
     if math.isinf(per_epoch) or math.isinf(min(epochs, most)):
-        return most * every(0), most
-    epoch = 0
+        return most * windows[0], most
     batches: float = 0
     steps: float = 0
-    while epoch < epochs and per_epoch:
-        windows = math.ceil(per_epoch / every(epoch))  # the last one may be shorter
-        if steps + windows >= most:
-            return batches + min((most - steps) * every(epoch), per_epoch), most
-        epoch += 1
-        batches += per_epoch
-        steps += windows
+    for (start, every), end in zip(windows.items(), [*[*windows][1:], math.inf]):
+        left = max(min(end, epochs) - start, 0) if per_epoch else 0
+        in_epoch = math.ceil(per_epoch / every)  # steps of an epoch; the last may be shorter
+        whole = left if math.isinf(most) else min(left, (most - steps) // max(in_epoch, 1))
+        batches += whole * per_epoch
+        steps += whole * in_epoch
+        if whole < left and steps < most:
+            return batches + min((most - steps) * every, per_epoch), most
     return batches, steps
 
 
@@ -136,8 +139,9 @@ class _Attached(plain.DecoupledWD):
         self, optimizer: Optimizer, arguments: Arguments, run: _Run, model: nn.Module
     ) -> None:
         self.run = run
-        self.position = 0  # batches that were done when the previous step was made
-        self.done: int | None = None  # batches that are done when the current step is made
+        self.position: float | None = None  # what was done when the previous step was made
+        self.has_attempted = False  # to step in the current batch, also where a scaler skips it
+        self.has_news = False  # coefficients that no logger has seen
         super().__init__(
             optimizer,
             arguments.wd,
@@ -153,11 +157,10 @@ class _Attached(plain.DecoupledWD):
         self._decay.meet(self._groups())  # lr_max is the one with which training starts
         super()._attach()
 
-    def attempt(self) -> None:
-        """Notes an attempt to step. Those in one batch share its position."""
-        done = self.run.start if self.done is None else self.done
-        if done is not None and done <= self.run.batch:
-            self.position, self.done = done, self.run.batch + 1
+    def start_batch(self) -> None:
+        """Moves on to where the run is. The steps of one batch share their position."""
+        if self.has_attempted or self.position is None:
+            self.position, self.has_attempted = self.run.position, False
 
     def _length(self) -> Run:
         steps, steps_per_epoch = self.run.steps, self.run.steps_per_epoch
@@ -167,20 +170,31 @@ class _Attached(plain.DecoupledWD):
         )
 
     def _fraction(self) -> float:
-        self.attempt()  # also where the step is made behind Lightning's back
-        return max(self.position / self.run.batches, self.run.fraction)
+        self.has_attempted = self.has_news = True  # also where Lightning did not see the step
+        return 0.0 if self.position is None else self.position
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the position in the run, in batches, and the length that it refers to."""
-        return {**super().state_dict(), "done": self.done, "length": self.run.length()}
+        """Adds the position in the run, None for that of the next batch, and the run's length."""
+        position = None if self.has_attempted else self.position
+        return {**super().state_dict(), "position": position, "length": self.run.length()}
 
     def _take(self, state: dict[str, Any]) -> None:
-        check_state(state, done=lambda done: done is None or is_count(done), length=lambda _: True)
+        check_state(state, length=lambda _: True)
+        if "position" not in state:  # version 0.1.0 counted batches
+            check_state(state, done=lambda done: done is None or is_count(done))
+            state = {**state, "position": _part(state["done"], state["length"])}
+        check_state(state, position=lambda it: it is None or (is_amount(it) and it <= 1))
         super()._take(state)
-        self.done = state["done"]
+        self.position = state["position"] if state["length"] == self.run.length() else None
+        self.has_attempted = False
 
     def _lengths(self) -> dict[str, Any]:
         return {"length": self.run.length()} if self._decay.arguments.scheduled else {}
+
+
+def _part(done: int | None, length: Any) -> float | None:
+    """The part of a run of ``length`` batches that is ``done``."""
+    return min(done / length, 1.0) if done is not None and is_amount(length) and length else None
 
 
 class DecoupledWD(*_callbacks()):  # type: ignore[misc]
@@ -318,7 +332,6 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
             if index in self._loaded:
                 decay.load_state_dict(self._loaded[index])
         self._loaded = {}
-        self._names = _names(trainer.optimizers)
         if self.arguments.verbose:
             rank_zero_only(print)(self.describe())
 
@@ -327,26 +340,31 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
     ) -> None:
         """Notes where in the run the steps of this batch are made."""
         self._run.start_batch(trainer, batch_idx)
+        for decay in self._attached.values():
+            decay.start_batch()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Notes an attempt to step, also one that the gradient scaler will skip."""
         for decay in self._attached.values():
             if decay.optimizer is plain.unwrapped(optimizer):
-                decay.attempt()
+                decay.has_attempted = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the coefficients that the steps of this batch used."""
-        stepped = {i: d for i, d in self._attached.items() if d.done == self._run.batch + 1}
-        if not (stepped and trainer.is_global_zero and trainer.loggers):
+        """Logs the coefficients of the last steps, at the Trainer's interval and once each."""
+        news = {index: decay for index, decay in self._attached.items() if decay.has_news}
+        if not (news and trainer.is_global_zero and trainer.loggers):
             return
         if trainer._logger_connector.should_update_logs:
+            names = _names(trainer)
             metrics = {
-                f"wd-{name}": coefficient
-                for index, decay in stepped.items()
-                for name, coefficient in zip(self._names[index], decay.coefficients)
+                name: coefficient
+                for index, decay in news.items()
+                for name, coefficient in zip(names[index], decay.coefficients)
             }
+            for decay in news.values():
+                decay.has_news = False
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -369,7 +387,11 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
         """Keeps the state until training starts, when the optimizers are there."""
-        self._attached, self._loaded = {}, state_dict
+        if any(decay.is_attached for decay in self._attached.values()):
+            for index, decay in self._attached.items():  # LearningRateFinder has ended its trial
+                decay.load_state_dict(state_dict[index])
+        else:
+            self._attached, self._loaded = {}, state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
@@ -377,17 +399,28 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         return {**own, "_attached": {}, "_loaded": {}}
 
 
-def _names(optimizers: Sequence[Optimizer]) -> list[list[str]]:
-    """A name for each param group of each optimizer, as LearningRateMonitor gives them."""
-    names: list[list[str]] = []
-    classes = [type(optimizer).__name__ for optimizer in optimizers]
-    for index, optimizer in enumerate(optimizers):
-        before = classes[:index].count(classes[index])
-        name = f"{classes[index]}-{before}" if before else classes[index]
-        groups = optimizer.param_groups
-        several = len(groups) > 1
-        names.append([f"{name}/pg{i}" if several else name for i in range(1, len(groups) + 1)])
-    return names
+def _names(trainer: Any) -> list[list[str]]:
+    """A name for each param group of each optimizer: LearningRateMonitor's, with wd for lr."""
+    configs = trainer.lr_scheduler_configs
+    named = {id(getattr(it.scheduler, "optimizer", None)): it.name for it in configs}
+    places = {key: place for place, key in enumerate(named)}
+    seen: Counter[type] = Counter()
+    names: dict[int, list[str]] = {}
+    # Those that have a scheduler are counted first.
+    for optimizer in sorted(trainer.optimizers, key=lambda it: places.get(id(it), len(places))):
+        cls, name = type(optimizer), named.get(id(optimizer))
+        seen[cls] += name is None
+        name = cls.__name__ if name is None else name.removeprefix("lr-")
+        names[id(optimizer)] = _names_of_groups(
+            f"wd-{name}-{seen[cls] - 1}" if seen[cls] > 1 else f"wd-{name}", optimizer.param_groups
+        )
+    return [names[id(optimizer)] for optimizer in trainer.optimizers]
+
+
+def _names_of_groups(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(groups) == 1:
+        return [f"{name}/{groups[0]['name']}" if groups[0].get("name") else name]
+    return [f"{name}/{group.get('name', f'pg{i}')}" for i, group in enumerate(groups, start=1)]
 
 
 def _indices(optimizers: Any) -> tuple[int, ...] | None:

@@ -137,6 +137,11 @@ class DecoupledWD:
         """The coefficient of each param group at the last step."""
         return self._decay.coefficients
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer's steps decay."""
+        return bool(self._handles)
+
     def describe(self, label: str = "") -> Description:
         """A table of what the decay does to each param group; ``print`` shows it.
 

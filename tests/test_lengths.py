@@ -1,0 +1,287 @@
+"""Runs whose epochs change their length, and those that are interrupted by a trial."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+
+@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
+def package(request):
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture
+def ours():
+    return pytest.importorskip("wd_callbacks.lightning").DecoupledWD
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
+    pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    pytest.mark.filterwarnings("ignore:length was .* in the saved run"),
+]
+
+
+class Seen:
+    """A schedule that notes the progress at which steps ask it."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, progress):
+        self.all.append(progress)
+        return 0.1
+
+    def steps(self, count):
+        """Those of the last steps: before, the arguments may have been compared by samples."""
+        return self.all[-count:]
+
+
+def adam(module):
+    return torch.optim.Adam(module.parameters(), lr=0.01)
+
+
+# Lightning
+
+
+@pytest.mark.parametrize(("batches", "epochs"), [(5, 6), (80, 4), (10, 4)])
+def test_resumed_with_another_number_of_batches(package, tmp_path, ours, batches, epochs):  # P6, P9
+    from lightning_models import fit
+
+    save = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    fit(package, adam, ours(Seen()), save, batches=20, enable_checkpointing=True)
+    seen, steps = Seen(), (epochs - 2) * batches
+    fit(package, adam, ours(seen), batches=batches, epochs=epochs, resume=tmp_path / "last.ckpt")
+    whole = epochs * batches
+    assert seen.steps(steps) == [i / whole for i in range(2 * batches, whole)]
+
+
+@pytest.mark.parametrize("lengths", [(6, 3, 3), (3, 6, 6), (4, 1, 7)])
+def test_a_loader_whose_length_changes(package, ours, lengths):  # P6, P13
+    from lightning_models import loader, model_class, quiet_trainer
+
+    class Reloads(model_class(package)):
+        def train_dataloader(self):
+            return loader(lengths[self.current_epoch])
+
+    logged = []
+
+    class Log(package.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append(metrics)
+
+    seen = Seen()
+    settings = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    trainer = quiet_trainer(package, ours(seen), logger=Log(), log_every_n_steps=1, **settings)
+    trainer.fit(Reloads(adam))
+    expected = [(epoch + i / n) / 3 for epoch, n in enumerate(lengths) for i in range(n)]
+    assert seen.all == pytest.approx(expected, abs=1e-12)
+    assert logged == [{"wd-Adam": 0.1}] * sum(lengths)
+
+
+def test_a_loader_whose_length_changes_under_max_steps(package, ours):  # P6
+    from lightning_models import loader, model_class, quiet_trainer
+
+    class Reloads(model_class(package)):
+        def train_dataloader(self):
+            return loader(2 + 3 * self.current_epoch)
+
+    seen = Seen()
+    settings = {"max_steps": 12, "max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
+    quiet_trainer(package, ours(seen), **settings).fit(Reloads(adam))
+    assert seen.all == pytest.approx([i / 12 for i in range(12)], abs=1e-12)
+
+
+def test_turns_under_max_steps(package, ours):  # P6
+    from lightning_models import loader, model_class, quiet_trainer
+
+    class Turns(model_class(package)):
+        """The second optimizer steps in every third batch."""
+
+        def training_step(self, batch, batch_idx):
+            for optimizer, every in zip(self.optimizers(), (1, 3)):
+                if batch_idx % every == every - 1:
+                    optimizer.zero_grad()
+                    self.manual_backward(self.loss(batch_idx))
+                    optimizer.step()
+
+    def both(module):
+        return [adam(module.backbone), adam(module.head)]
+
+    first, second = Seen(), Seen()
+    trainer = quiet_trainer(package, ours({0: first, 1: second}), max_steps=16)
+    trainer.fit(Turns(both, manual=True), loader(6))
+    steps = [batch + batch // 3 for batch in range(12)]  # made before a batch
+    assert first.all == [step / 16 for step in steps]
+    assert second.all == [0, 4 / 16, 8 / 16, 12 / 16]
+
+
+def test_how_long_a_run_is_in_closed_form(ours):  # P6
+    from wd_callbacks.lightning import _until
+
+    def counted(per_epoch, windows, epochs, most):
+        batches = steps = 0
+        for epoch in range(epochs):
+            every = windows[max(start for start in windows if start <= epoch)]
+            for batch in range(per_epoch):
+                if steps == most:
+                    return batches, steps
+                batches += 1
+                steps += (batch + 1) % every == 0 or batch + 1 == per_epoch
+        return batches, steps
+
+    cases = itertools.product(
+        (1, 3, 8), ({0: 1}, {0: 3}, {0: 1, 2: 2}, {0: 4, 1: 3, 5: 1}), (1, 2, 7), (1, 5, 9, 30)
+    )
+    for case in cases:
+        assert _until(*case) == counted(*case), case
+    assert _until(7, {0: 2}, 10**9, math.inf) == (7 * 10**9, 4 * 10**9)
+    assert _until(7, {0: 2}, math.inf, 10**9) == (7 * 10**9 // 4, 10**9)
+
+
+def finder(package):
+    """LearningRateFinder in the middle of training, as Lightning's documentation shows it."""
+
+    class Finder(package.callbacks.LearningRateFinder):
+        def on_fit_start(self, *args):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    return Finder(num_training_steps=3, min_lr=1e-5, max_lr=1e-4, update_attr=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*optimizer.step")
+def test_a_trial_in_the_middle_leaves_no_trace(package, tmp_path, ours):  # P9, P8, P3
+    from lightning_models import loader, model_class, quiet_trainer, same
+
+    class Model(model_class(package)):
+        def train_dataloader(self):
+            return loader(6)
+
+        def loss(self, index):  # the finder counts batches of its own
+            return super().loss(0)
+
+    def run(*callbacks):
+        decay, model = ours(lambda p: 1e-3 * (1 - p), quantum=5e-5), Model(adam)
+        trainer = quiet_trainer(package, decay, *callbacks, max_epochs=3, default_root_dir=tmp_path)
+        trainer.fit(model)
+        return decay, model
+
+    (decay, model), (tried, tried_model) = run(), run(finder(package))
+    assert tried.state_dict() == decay.state_dict()
+    assert max(map(max, decay.state_dict()[0]["owed"])) > 0
+    assert tried.coefficients == decay.coefficients
+    assert not tried_model.trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert same(tried_model, model)
+
+
+# fastai
+
+
+def learner(bs=5, dls=None, **settings):
+    pytest.importorskip("fastai")
+    from fastai.learner import Learner
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    learn = Learner(dls or batches_of(bs), model, loss_func=mse_loss, **settings)
+    learn.remove_cbs(list(learn.cbs)[-1:])
+    learn.logger = lambda *_: None
+    return learn
+
+
+def batches_of(bs):
+    from fastai.data.core import DataLoaders
+
+    data = [(torch.ones(4) * i, torch.ones(1)) for i in range(40)]
+    return DataLoaders.from_dsets(data, data[:5], bs=bs, shuffle=False, device="cpu", num_workers=0)
+
+
+def test_fastai_with_batches_that_grow():  # P6, P13
+    from fastai.callback.core import Callback
+
+    from wd_callbacks.fastai import DecoupledWD
+    from wd_callbacks.schedules import Linear
+
+    class Grow(Callback):
+        order = -1
+
+        def before_epoch(self):
+            self.learn.dls = batches_of([5, 10, 20][self.epoch])
+
+    learn, decay = learner(), DecoupledWD(Linear(1, 0))
+    learn.fit(3, cbs=[Grow(), decay])
+    expected = [(epoch + i / n) / 3 for epoch, n in enumerate((8, 4, 2)) for i in range(n)]
+    assert learn.recorder.hps["wd"] == pytest.approx([1 - progress for progress in expected])
+
+
+@pytest.mark.parametrize("wd", [0.1, "schedule"])
+def test_fastai_accumulates_over_a_loader_of_torch(wd):  # P5, P6
+    from fastai.callback.training import GradientAccumulation
+    from fastai.data.core import DataLoaders
+    from torch.utils.data import DataLoader
+
+    from wd_callbacks.fastai import DecoupledWD
+    from wd_callbacks.schedules import Normalized
+
+    data = [(torch.ones(4) * i, torch.ones(1)) for i in range(40)]
+    dls = DataLoaders(DataLoader(data, batch_size=5), DataLoader(data[:5], batch_size=5))
+    learn = learner(dls=dls)
+    decay = DecoupledWD(Normalized(1.0) if wd == "schedule" else wd)
+    learn.fit(2, cbs=[GradientAccumulation(10), decay])
+    assert decay.coefficients == [1 / math.sqrt(8) if wd == "schedule" else 0.1]
+
+
+def test_fastai_accumulates_over_batches_of_which_nothing_is_known():  # P5, P6
+    from fastai.callback.training import GradientAccumulation
+    from fastai.data.core import DataLoaders
+    from torch.utils.data import DataLoader
+
+    from wd_callbacks.fastai import DecoupledWD
+    from wd_callbacks.schedules import Normalized
+
+    data = [(torch.ones(5, 4) * i, torch.ones(5, 1)) for i in range(8)]
+    dls = DataLoaders(*(DataLoader(data, batch_size=None) for _ in range(2)))
+    learner(dls=dls).fit(1, cbs=[GradientAccumulation(10), DecoupledWD(0.1)])
+    with pytest.raises(ValueError, match="steps"):
+        learner(dls=dls).fit(1, cbs=[GradientAccumulation(10), DecoupledWD(Normalized(1.0))])
+
+
+@pytest.mark.parametrize("wd_bn_bias", [True, False])
+def test_fastai_with_another_model_from_the_second_epoch_on(wd_bn_bias):  # P2, P4, P7
+    from functools import partial
+
+    from fastai.callback.core import Callback
+    from fastai.optimizer import Adam
+
+    from wd_callbacks.fastai import DecoupledWD
+
+    class Replace(Callback):
+        order = -5
+
+        def before_epoch(self):
+            if self.epoch == 1:
+                self.learn.model = learner().model
+                self.learn.create_opt()
+                self.opt.set_hypers(lr=0.05)
+
+    def run(opt_func, *cbs):
+        learn = learner(opt_func=opt_func, wd_bn_bias=wd_bn_bias, lr=0.05)
+        learn.fit(2, cbs=[Replace(), *cbs])
+        return list(learn.model.parameters())
+
+    decay = DecoupledWD(0.1, quantum=0)
+    ours = run(partial(Adam, wd=0.37, decouple_wd=False), decay)
+    assert all(map(torch.equal, ours, run(partial(Adam, wd=0.1, decouple_wd=True))))
+    assert decay.describe()[0].decaying[0] == (6 if wd_bn_bias else 2)
