@@ -681,7 +681,8 @@ class Anything(RuleBasedStateMachine):
 
     def check_weight(self, x, y, old, new, due, ledger, on_device):
         half = x.dtype in (torch.bfloat16, torch.float16)
-        limit = max(due.quantum, 2.0**-23)  # of what is owed: a grain may be left by a quantum of 0
+        grain = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24  # what no factor can represent
+        limit = max(due.quantum, 2 * grain)  # of what is owed
         if due.shrink == 0:
             assert torch.equal(x, y)  # P2
             assert new == old

@@ -75,20 +75,20 @@ class Cohort:
     def charge(self, shrink: float, factor: float) -> float | None:
         """The factor to apply now; None where the shrink only joins what is owed."""
         owed, payments = self.debt
+        dtype = self.kind[1]
+        # What a factor cannot represent. Half precision multiplies in float32.
+        grain = 2.0**-53 if dtype in DOUBLES else 2.0**-24
         # A debt may be larger than the quantum where that was larger when it was saved.
-        if shrink >= self.quantum and (not owed or -math.expm1(-owed) < self.quantum):
+        if shrink >= self.quantum and -math.expm1(-owed) < max(self.quantum, 2 * grain):
             return factor
         owed -= math.log1p(-shrink)
         payment = -math.expm1(-owed)
         if payment < self.quantum:
             self.debt = Debt(owed, payments)
             return None
-        dtype = self.kind[1]
         share = SHARES[payments % len(SHARES)] if dtype in HALF_QUANTA else 1.0
         if payment * (1 - share) < self.quantum:
             payment *= share
-        # What the factor cannot represent stays owed. Half precision multiplies in float32.
-        grain = 2.0**-53 if dtype in DOUBLES else 2.0**-24
         payment = min(math.floor(payment / grain), 1 / grain - 1) * grain
         owed = max(0.0, owed + math.log1p(-payment))
         if shrink >= self.quantum and -math.expm1(-owed) * (1 - payment) < grain:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import os
 import pickle
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,3 +69,9 @@ def newest(folder: Path) -> tuple[Path | None, dict]:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
             continue
     return None, {}
+
+
+def safely(trainer: Any) -> dict[str, bool]:
+    """Has a Lightning of 2.6 or later unpickle nothing but plain data when it resumes."""
+    known = inspect.signature(trainer.fit).parameters
+    return {"weights_only": True} if "weights_only" in known else {}

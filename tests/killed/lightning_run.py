@@ -15,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from killed.kills import Fate, arguments, newest
+from killed.kills import Fate, arguments, newest, safely
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -161,7 +161,7 @@ def train(variant: str, folder: Path, fate: Fate) -> dict:
     )
     model = Model(variant, fate)
     data = DataLoader(torch.arange(PER_EPOCH), batch_size=1)
-    trainer.fit(model, data, ckpt_path=newest(folder)[0], weights_only=True)
+    trainer.fit(model, data, ckpt_path=newest(folder)[0], **safely(trainer))
     return {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from killed.kills import safely
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -112,7 +113,7 @@ def lightning_run(
         callbacks=[decay],
     )
     model = Model()
-    trainer.fit(model, DataLoader(range(per_epoch)), ckpt_path=path, weights_only=True)
+    trainer.fit(model, DataLoader(range(per_epoch)), ckpt_path=path, **safely(trainer))
     return model.net.state_dict(), decay.state_dict()
 
 
