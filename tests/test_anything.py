@@ -134,6 +134,22 @@ ROWS = {
 }
 
 
+def adagrad_grows():
+    """Whether Adagrad keeps state for a group that is added, as it does in newer releases."""
+    optimizer = torch.optim.Adagrad([nn.Parameter(torch.ones(1))])
+    p = nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [p]})
+    p.grad = torch.ones(1)
+    try:
+        optimizer.step()
+    except KeyError:
+        return False
+    return True
+
+
+ADAGRAD_GROWS = adagrad_grows()
+
+
 # Arguments
 
 
@@ -737,6 +753,7 @@ class Anything(RuleBasedStateMachine):
     @precondition(
         lambda self: (
             len(self.run.groups) < 4
+            and (self.row.cls is not torch.optim.Adagrad or ADAGRAD_GROWS)
             and not (
                 self.is_attached
                 and any(isinstance(each, list) for each in self.known.arguments.values())

@@ -1339,7 +1339,8 @@ def test_export_and_load(tmp_path):
     assert learn.opt.hypers[0]["wd"] == IGNORED
     learn.export()
     assert learn.opt.hypers[0]["wd"] == IGNORED
-    with pytest.warns(UserWarning, match="pickle"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pickle")
         loaded = load_learner(tmp_path / "export.pkl")
     assert loaded.opt is None
     assert different(trained, weights(loaded)) == []
