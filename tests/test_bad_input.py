@@ -1012,7 +1012,8 @@ STEPS = [
         "Normalized without a length",
         fresh(Normalized(0.5), progress=lambda: 0.0),
         ValueError,
-        r"Normalized\(wd_norm=0\.5\) needs the number of steps of the run, which is not known",
+        r"Normalized\(wd_norm=0\.5\) needs the number of steps of the run, which is not known: in a "
+        "plain loop give total_steps, in Lightning max_steps",
     ),
     row(
         "Timescale without epochs",
@@ -2171,10 +2172,11 @@ def test_made_up_coefficients(values, quantum):  # P8, P10
     """Every step decays by its coefficient, or is refused before a weight has changed."""
     optimizer = still()
     last = len(values) - 1
+    step = 0
     decay = DecoupledWD(
         optimizer,
         lambda progress: values[min(round(progress * len(values)), last)],
-        total_steps=len(values),
+        progress=lambda: step / len(values),
         quantum=quantum,
     )
     params = [group["params"][0] for group in optimizer.param_groups]

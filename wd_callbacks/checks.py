@@ -76,6 +76,7 @@ def check_debts(state: Any, sizes: list[int]) -> None:
         lr_max=_all(lambda value: value is None or (is_amount(value) and value > 0)),
         no_decay=_all(lambda value: value in (0, 1)),
     )
+    check_state({"progress": 0.0, **state}, progress=is_fraction)  # which version 0.1.0 left out
     for name in ("owed", "payments"):
         saved = list(map(len, state[name]))
         if saved not in ([], sizes):
@@ -97,6 +98,11 @@ def is_count(value: Any) -> bool:
 def is_amount(value: Any) -> bool:
     """Whether an entry of a state is a finite number of at least 0."""
     return type(value) in (int, float) and 0 <= as_float(value) < math.inf
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether an entry of a state is a number in [0, 1]."""
+    return is_amount(value) and value <= 1
 
 
 def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

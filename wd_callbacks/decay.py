@@ -15,7 +15,7 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -158,13 +158,14 @@ class Decay:
         self.lr_max: list[float | None] = list(peaks)
         self._decays = decays
         self._warn = warn
-        self._warned: set[str] = set()
+        self._warned: set[Hashable] = set()
         self._no_decay: list[bool] = []
         self._has_started = False
         self._accounts: list[Account] = []
         self._whole = 0  # the number of param groups where they are not all alike
         self._dormant: dict[Tensor, Debt] = {}  # of parameters that had no gradient last
         self._lent: list[tuple[Group, str, Any]] = []
+        self.steps = 0  # that were not refused
         self._progress = 0.0  # at the last step
         self._awaits_closure = False  # which is to be evaluated in the step that is being made
         self.attached = True  # cleared by a closure that detaches it
@@ -244,7 +245,12 @@ class Decay:
         self.lend(groups)
 
     def end(self) -> None:
-        """Takes the weight decay back after a step, and tells of one that decayed nothing."""
+        """Takes the weight decay back after a step, and tells of what went wrong in it."""
+        if any(group[key] is not _LENT and group[key] != 0 for group, key, _ in self._lent):
+            self._say(
+                "a weight decay was set in a param group while the optimizer stepped, which took "
+                "it on top of this one: set it before step"
+            )
         self.give_back()
         if self._awaits_closure:
             self._say(
@@ -268,6 +274,7 @@ class Decay:
         # All of them before the first weight is touched: any of them may be refused.
         shrinks = self._shrinks(groups, progress)
         self._open(groups, shrinks)
+        self.steps += 1
         payers = [
             (account, shrink)
             for account, shrink in zip(self._accounts, shrinks)
@@ -417,10 +424,12 @@ class Decay:
         if scale == "lr":
             return lr
         assert lr_max is not None
-        if isinstance(lr, float) and lr > lr_max * (1 + 1e-6):  # schedulers round
+        is_known = isinstance(lr, float) or lr.is_cpu
+        if is_known and lr > lr_max * (1 + 1e-6):  # schedulers round
             self._say(
                 f"param group {index}: lr / lr_max exceeds 1 (lr {lr:g}, lr_max {lr_max:g}), so a "
-                f"step takes more than scale_by={scale!r} means it to: give max_lr"
+                f"step takes more than scale_by={scale!r} means it to: give max_lr",
+                once=("lr_max", index),
             )
         return lr / lr_max if scale == "lr_ratio" else lr * lr / lr_max
 
@@ -540,6 +549,7 @@ class Decay:
             "owed": [[debt.owed for debt in group] for group in debts],
             "payments": [[debt.payments for debt in group] for group in debts],
             "due": [account.due for account in accounts],
+            "progress": self._progress,
         }
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[Group]) -> None:
@@ -562,6 +572,9 @@ class Decay:
             for p, debt in zip(group["params"], map(Debt, owed, payments)):
                 loaded._dormant.setdefault(p, debt)  # a tied one's stands where it is listed first
             account.due = due
+        if loaded._accounts:
+            loaded._progress = state.get("progress", 0.0)
+            loaded.coefficients = loaded._coefficients(groups, loaded._progress)
         vars(self).update(vars(loaded))  # only now, as any of it may have been refused
 
     def tell_changes(self, state: Mapping[str, Any], lengths: Mapping[str, Any]) -> None:
@@ -572,9 +585,10 @@ class Decay:
             if value != new.get(name):
                 self._say(f"{name} was {value} in the saved run and is {new.get(name)} in this one")
 
-    def _say(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _say(self, message: str, once: Hashable = None) -> None:
+        """Warns, but once of the same, which is the message unless something else tells it."""
+        if (once or message) not in self._warned:
+            self._warned.add(once or message)
             self._warn(message)
 
 

@@ -134,12 +134,17 @@ class DecoupledWD(Callback):  # type: ignore[misc]
 
     def before_step(self) -> None:
         """Have the optimizer decay when it steps, which another callback may still cancel."""
+        if not self._bound:  # a fit within this one has ended
+            self.before_train()
         _Step.remove(self.opt)
         self.opt.step = _Step(self.opt, self._decayed_step)
 
     def after_step(self) -> None:
         """Note what part of the fit is done, also where the step was cancelled."""
         _Step.remove(self.opt)
+        self._move_on()
+
+    def _move_on(self) -> None:
         batches = self.epoch * self._n_iter + self.iter + 1
         self._position = batches / (self._n_iter * self.n_epoch)
 
@@ -225,6 +230,7 @@ class DecoupledWD(Callback):  # type: ignore[misc]
             return opt.step(*args, **kwargs)
         finally:
             self._decay.give_back()
+            self._move_on()  # a callback before this one may cancel the batch after the step
             # One value for each batch that has led to this step, as ParamScheduler records them.
             self._used += self._decay.coefficients[-1:] * (self._batches + 1 - len(self._used))
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from wd_callbacks import torch as plain
 from wd_callbacks.arguments import Arguments
-from wd_callbacks.checks import NO_STATE, check_state, is_amount, is_count, is_sequence
+from wd_callbacks.checks import NO_STATE, check_state, is_amount, is_count, is_fraction, is_sequence
 from wd_callbacks.description import Description
 from wd_callbacks.schedules import Run, Schedule
 
@@ -74,9 +74,9 @@ class _Run:
         self.steps_per_epoch = math.inf
         self.by_epochs = True
         if automatic:
-            most, windows = self.batches, _accumulation(trainer)
-            self.batches, self.steps = _until(self.per_epoch, windows, self.epochs, self.steps)
-            self.steps_per_epoch = _until(self.per_epoch, windows, 1, math.inf)[1]
+            most, self.windows = self.batches, _accumulation(trainer)
+            self.batches, self.steps = _until(self.per_epoch, self.windows, self.epochs, self.steps)
+            self.steps_per_epoch = _until(self.per_epoch, self.windows, 1, math.inf)[1]
             self.by_epochs = self.batches == most
         self.position = 0.0
 
@@ -88,19 +88,24 @@ class _Run:
         """Its batches, or its steps where these alone are known."""
         return min(self.batches, math.inf if self.automatic else self.steps)
 
-    def start_batch(self, trainer: Any, batch_idx: int) -> None:
+    def start_batch(self, trainer: Any) -> None:
         """Moves on to the batch that starts."""
-        per_epoch, epoch = trainer.num_training_batches, trainer.current_epoch
-        by_steps = trainer.global_step / self.steps
-        if math.isinf(per_epoch):
-            by_batches = trainer.fit_loop.total_batch_idx / self.batches
-        elif per_epoch == self.per_epoch:
-            by_batches = (epoch * per_epoch + batch_idx) / self.batches
-        elif self.by_epochs:  # the loader's length has changed
-            by_batches = (epoch + batch_idx / per_epoch) / self.epochs
+        steps = trainer.global_step
+        if not self.by_epochs:  # whatever epochs came before, and however long they were
+            self.position = (
+                _until(self.per_epoch, self.windows, self.epochs, steps)[0] / self.batches
+            )
+        elif self.automatic:
+            self.position = self._by_epochs(trainer)
         else:
-            by_batches = by_steps
-        self.position = by_batches if self.automatic else max(by_batches, by_steps)
+            self.position = max(self._by_epochs(trainer), steps / self.steps)
+
+    def _by_epochs(self, trainer: Any) -> float:
+        per_epoch, epoch = trainer.num_training_batches, trainer.current_epoch
+        batch_idx = trainer.fit_loop.batch_idx  # the hook's lags behind with a dataloader_iter
+        if per_epoch == self.per_epoch < math.inf:
+            return float((epoch * per_epoch + batch_idx) / self.batches)
+        return float((epoch + batch_idx / per_epoch) / self.epochs)  # the length has changed
 
 
 def _accumulation(trainer: Any) -> dict[int, int]:
@@ -183,7 +188,7 @@ class _Attached(plain.DecoupledWD):
         if "position" not in state:  # version 0.1.0 counted batches
             check_state(state, done=lambda done: done is None or is_count(done))
             state = {**state, "position": _part(state["done"], state["length"])}
-        check_state(state, position=lambda it: it is None or (is_amount(it) and it <= 1))
+        check_state(state, position=lambda it: it is None or is_fraction(it))
         super()._take(state)
         self.position = state["position"] if state["length"] == self.run.length() else None
         self.has_attempted = False
@@ -339,7 +344,7 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes where in the run the steps of this batch are made."""
-        self._run.start_batch(trainer, batch_idx)
+        self._run.start_batch(trainer)
         for decay in self._attached.values():
             decay.start_batch()
 
@@ -356,7 +361,9 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
         news = {index: decay for index, decay in self._attached.items() if decay.has_news}
         if not (news and trainer.is_global_zero and trainer.loggers):
             return
-        if trainer._logger_connector.should_update_logs:
+        # The Trainer counts those batches that end a window of accumulation.
+        is_due = trainer._logger_connector.should_update_logs
+        if is_due and not trainer.fit_loop._should_accumulate():
             names = _names(trainer)
             metrics = {
                 name: coefficient
@@ -383,7 +390,7 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[Any, Any]:
         """What the decays need to go on, as plain numbers, by the optimizer's index."""
-        return {i: decay.state_dict() for i, decay in self._attached.items()} or self._loaded
+        return self._loaded or {i: decay.state_dict() for i, decay in self._attached.items()}
 
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
         """Keeps the state until training starts, when the optimizers are there."""
@@ -391,7 +398,7 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
             for index, decay in self._attached.items():  # LearningRateFinder has ended its trial
                 decay.load_state_dict(state_dict[index])
         else:
-            self._attached, self._loaded = {}, state_dict
+            self._loaded = state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
@@ -401,19 +408,19 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
 
 def _names(trainer: Any) -> list[list[str]]:
     """A name for each param group of each optimizer: LearningRateMonitor's, with wd for lr."""
-    configs = trainer.lr_scheduler_configs
-    named = {id(getattr(it.scheduler, "optimizer", None)): it.name for it in configs}
-    places = {key: place for place, key in enumerate(named)}
+    configs = [it for it in trainer.lr_scheduler_configs if hasattr(it.scheduler, "optimizer")]
+    named = [(config.scheduler.optimizer, config.name) for config in configs]
+    scheduled = {id(optimizer) for optimizer, _ in named}
+    unnamed = [(it, None) for it in trainer.optimizers if id(it) not in scheduled]
     seen: Counter[type] = Counter()
     names: dict[int, list[str]] = {}
-    # Those that have a scheduler are counted first.
-    for optimizer in sorted(trainer.optimizers, key=lambda it: places.get(id(it), len(places))):
-        cls, name = type(optimizer), named.get(id(optimizer))
+    # Schedulers are counted first, each of them, and an optimizer has the name of its first.
+    for optimizer, name in [*named, *unnamed]:
+        cls = type(optimizer)
         seen[cls] += name is None
         name = cls.__name__ if name is None else name.removeprefix("lr-")
-        names[id(optimizer)] = _names_of_groups(
-            f"wd-{name}-{seen[cls] - 1}" if seen[cls] > 1 else f"wd-{name}", optimizer.param_groups
-        )
+        name = f"wd-{name}-{seen[cls] - 1}" if seen[cls] > 1 else f"wd-{name}"
+        names.setdefault(id(optimizer), _names_of_groups(name, optimizer.param_groups))
     return [names[id(optimizer)] for optimizer in trainer.optimizers]
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import math
+import random
+import sys
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FunctionType, MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
-from wd_callbacks.arguments import WD_KEYS, wd_key
+from wd_callbacks.arguments import WD_KEYS, Group, wd_key
 
 Weights: TypeAlias = list[Tensor]
 
@@ -59,8 +63,8 @@ def check_weights(optimizer: Optimizer) -> None:
     Raises:
         ValueError: It puts back decayed weights, averages them with others, or updates others.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    has_half = any(p.dtype in HALF for p in params)  # of which there may be copies in float32
+    # Of these there may be copies in float32.
+    has_half = any(p.dtype in HALF for p in _params(optimizer))
     if _undoes_decay(optimizer) or (has_half and _undoes_decay(optimizer, half=True)):
         raise ValueError(
             f"{type(optimizer).__name__} undoes a decay right before its update: it puts back "
@@ -221,10 +225,45 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Neither warnings nor a change of the random state reach the user."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    """No output and no change of the random states reach the user, and nothing is compiled."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = numpy and numpy.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, state)
+        if numpy:
+            stack.callback(numpy.random.set_state, numpy_state)
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # torch 2.6
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def _seed() -> None:
+    """Makes what is random in a step the same in each walk, with no word to other devices."""
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+class _Apart(TorchFunctionMode):
+    """Refuses to touch the real weights, which a step may reach through a global or a closure."""
+
+    def __init__(self, real: Collection[int]) -> None:
+        super().__init__()
+        self._real = real  # by their ids
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for arg in args:
+            each = arg if isinstance(arg, (list, tuple)) else (arg,)
+            if any(isinstance(it, Tensor) and id(it) in self._real for it in each):
+                raise TypeError("a step of the copy reaches the real weights")
+        return func(*args, **(kwargs or {}))
 
 
 def _walk(
@@ -256,8 +295,9 @@ def _walk(
     Raises:
         ArithmeticError: They do not stay finite.
     """
-    torch.manual_seed(0)
-    twin = _miniature(optimizer, {}, half)
+    _seed()
+    memo: dict[int, Any] = {}
+    twin = _miniature(optimizer, memo, half)
     for group in twin.param_groups:
         if "lr" in group:  # a warmup may start from 0
             old = group["lr"]
@@ -268,7 +308,8 @@ def _walk(
         in_force = float(step >= SETUP)
         for group in twin.param_groups:
             group.update({key: in_force * wd for key in WD_KEYS if key in group})
-        closes = _step(twin, closes, step, factors.get(step, 1.0), in_force * l2, noise)
+        with _Apart(memo):
+            closes = _step(twin, closes, step, factors.get(step, 1.0), in_force * l2, noise)
         trail.append(_weights(twin))
     if not all(p.isfinite().all() for p in trail[-1]):
         raise ArithmeticError
@@ -276,14 +317,20 @@ def _walk(
 
 
 def _miniature(optimizer: Optimizer, memo: dict[int, Any], half: bool) -> Optimizer:
-    """A copy without state and hooks that has one tiny weight per param group."""
+    """A copy without state and hooks that has a tiny weight for each kind in a param group."""
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     memo[id(optimizer.state)] = defaultdict(dict)
     for group in optimizer.param_groups:
-        if id(group["params"]) not in memo:
-            tiny = [_tiny(p, half) for p in group["params"][:1]]
-            memo |= {id(p): tiny[0] for p in group["params"]} | {id(group["params"]): tiny}
+        tiny: dict[Any, Tensor] = {}
+        for p in group["params"]:
+            kind = (p.ndim, half and p.dtype)
+            if kind not in tiny:
+                tiny[kind] = memo[id(p)] if id(p) in memo else _tiny(p, half)
+            memo.setdefault(id(p), tiny[kind])
+        memo[id(group["params"])] = list(tiny.values())
+    groups = optimizer.param_groups
+    memo[id(groups)] = [copy.deepcopy(group, memo) for group in _of_each_kind(groups)]
     # Learning rate schedulers put a function of the real optimizer in the place of `step`.
     attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
     for value in attributes.values():
@@ -294,25 +341,31 @@ def _miniature(optimizer: Optimizer, memo: dict[int, Any], half: bool) -> Optimi
     for name, value in attributes.items():
         hooks = name.endswith("_hooks")
         vars(twin)[name] = OrderedDict() if hooks else copy.deepcopy(value, memo)
-    _thin(twin.param_groups)
     if hasattr(twin, "train"):
         twin.train()
     return twin
 
 
-def _thin(groups: list[dict[str, Any]]) -> None:
-    """Leaves one of the param groups that differ in no more than numbers and weights."""
-    seen = set()
-    for index in reversed(range(len(groups))):
+def _of_each_kind(groups: Sequence[Group]) -> list[Group]:
+    """One of the param groups that differ in no more than numbers, names and weights."""
+
+    def kind(group: Group) -> Any:
         settings = [
-            (key, bool(value) if isinstance(value, float) else repr(value))
-            for key, value in groups[index].items()
-            if key not in ("params", "param_names")
+            (key, _trait(value))
+            for key, value in group.items()
+            if key != "params" and "name" not in key
         ]
-        kind = tuple(settings), tuple(p.ndim for p in groups[index]["params"])
-        if kind in seen:
-            del groups[index]
-        seen.add(kind)
+        return tuple(settings), frozenset(p.ndim for p in group["params"])
+
+    return list({kind(group): group for group in groups}.values())
+
+
+def _trait(value: Any) -> Any:
+    """What may make an optimizer take another path."""
+    if isinstance(value, Tensor):
+        return Tensor
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return bool(value) if is_number else repr(value)
 
 
 def _tiny(p: Tensor, half: bool) -> torch.nn.Parameter:
@@ -324,7 +377,11 @@ def _tiny(p: Tensor, half: bool) -> torch.nn.Parameter:
 
 
 def _weights(optimizer: Optimizer) -> Weights:
-    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return [p.detach().clone() for p in _params(optimizer)]
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _step(twin: Optimizer, closes: bool, seed: int, factor: float, l2: float, noise: float) -> bool:
@@ -335,17 +392,23 @@ def _step(twin: Optimizer, closes: bool, seed: int, factor: float, l2: float, no
     """
     factors = [factor]
 
-    def closure() -> Tensor:
+    def backward() -> None:
         generator = torch.Generator().manual_seed(seed)
         for group in twin.param_groups:
+            sign = -1 if group.get("maximize") else 1
             for p in group["params"]:
                 gradient = torch.randn(p.shape, generator=generator, device="cpu").to(p.dtype)
-                sign = -1 if group.get("maximize") else 1
                 p.grad = noise * gradient + sign * l2 * p.detach()
-                p.data.mul_(factors[0] if factors else 1.0)
-        factors.clear()
+
+    def closure() -> Tensor:
+        backward()
+        if factors:
+            for p in _params(twin):
+                p.data.mul_(factors[0])
+            factors.clear()
         return torch.zeros(())
 
+    backward()  # SAM, for one, wants gradients before it evaluates its closure
     step = type(twin).step.__wrapped__  # type: ignore[attr-defined]  # without hooks for all optimizers
     if closes:
         step(twin, closure=closure)

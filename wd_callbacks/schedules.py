@@ -337,7 +337,10 @@ class Normalized(_Resolvable):
         """The coefficient in ``run``, as a schedule that keeps it."""
         steps = run.steps if run.cycle_steps is None else run.cycle_steps
         if steps is None:
-            raise ValueError(f"{self!r} needs the number of steps of the run, which is not known")
+            raise ValueError(
+                f"{self!r} needs the number of steps of the run, which is not known: in a plain "
+                f"loop give total_steps, in Lightning max_steps"
+            )
         return _constant(self.wd_norm / math.sqrt(steps))
 
 

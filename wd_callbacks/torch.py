@@ -118,7 +118,6 @@ class DecoupledWD:
         self.total_steps = None if total_steps is None else int(total_steps)
         self.steps_per_epoch = steps_per_epoch
         self.progress = progress
-        self.steps = 0
         self._decay = Decay(
             arguments,
             run=self._length(),
@@ -128,6 +127,7 @@ class DecoupledWD:
         self._decay.check_groups(self._groups())
         for remark in probe.remarks(self.optimizer, arguments.follows_lr):
             self._warn(remark)
+        self._has_shown = False  # what verbose=True asks for
         self._frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
         self._attach()
@@ -136,6 +136,11 @@ class DecoupledWD:
     def coefficients(self) -> list[float]:
         """The coefficient of each param group at the last step."""
         return self._decay.coefficients
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, those before a checkpoint among them."""
+        return self._decay.steps
 
     @property
     def is_attached(self) -> bool:
@@ -188,7 +193,7 @@ class DecoupledWD:
         if not optimizer.state and _is_called_from(STATE_SETUP):
             self._decay.skip(self._groups())
             return None
-        if self.steps == 0:
+        if not self._has_shown:
             self._show()
         found_inf = getattr(optimizer, "found_inf", None)
         args, kwargs = self._decay.begin(
@@ -215,6 +220,7 @@ class DecoupledWD:
         self._decay.give_back()
 
     def _show(self) -> None:
+        self._has_shown = True
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._decay.arguments.verbose and not (distributed and torch.distributed.get_rank()):
             print(self.describe())
@@ -226,15 +232,13 @@ class DecoupledWD:
         return Run(self.total_steps, self.steps_per_epoch)
 
     def _position(self) -> float:
-        """Training progress at the step that is being made, and on to the next."""
-        done = self.steps
-        self.steps += 1
+        """Training progress at the step that is being made."""
         if self.progress is not None:
             position = number(self.progress(), "progress()")
             if not math.isfinite(position):
                 raise ValueError(f"progress() gave {position}, expected a number in [0, 1]")
             return min(max(position, 0.0), 1.0)
-        return 0.0 if self.total_steps is None else min(done / self.total_steps, 1.0)
+        return 0.0 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
 
     # State
 
@@ -265,7 +269,7 @@ class DecoupledWD:
         """Takes up all of the state, or where something of it is refused, nothing."""
         check_state(state, steps=is_count, total_steps=lambda _: True)
         self._decay.load_state_dict(state, self._groups())
-        self.steps = state["steps"]
+        self._decay.steps = state["steps"]
 
     def _lengths(self) -> dict[str, Any]:
         """What the state tells of the length of the run that it was saved in."""
