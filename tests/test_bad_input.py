@@ -1012,8 +1012,8 @@ STEPS = [
         "Normalized without a length",
         fresh(Normalized(0.5), progress=lambda: 0.0),
         ValueError,
-        r"Normalized\(wd_norm=0\.5\) needs the number of steps of the run, which is not known: in a "
-        "plain loop give total_steps, in Lightning max_steps",
+        r"Normalized\(wd_norm=0\.5\) needs the number of steps of the run, which is not known: in "
+        "a plain loop give total_steps, in Lightning max_steps",
     ),
     row(
         "Timescale without epochs",

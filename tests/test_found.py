@@ -217,6 +217,86 @@ def test_a_closure_that_is_not_evaluated_is_told_of():  # P7
     deaf.step()
 
 
+def test_a_weight_decay_that_is_set_after_it_was_lent_is_told_of():  # P3
+    _, optimizer = one_weight()
+    DecoupledWD(optimizer, 0.1)
+    optimizer.register_step_pre_hook(lambda it, *_: it.param_groups[0].update(weight_decay=0.2))
+    with pytest.warns(UserWarning, match="was set in a param group while the opt.* step") as said:
+        optimizer.step()
+        optimizer.step()
+    assert len(said) == 1
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_what_is_set_inside_a_closure_is_no_matter(recwarn):  # P3
+    _, optimizer = one_weight()
+    DecoupledWD(optimizer, 0.1)
+    optimizer.step(lambda: optimizer.param_groups[0].update(weight_decay=0.2))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_ratio_that_keeps_growing_is_told_of_once(recwarn, on_device):  # P7
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 0.1, scale_by="lr_ratio")
+    for step in range(1, 9):
+        lr = 0.1 * step
+        optimizer.param_groups[0]["lr"] = torch.tensor(lr) if on_device else lr
+        optimizer.step()
+    (said,) = recwarn.list
+    assert "param group 0: lr / lr_max exceeds 1 (lr 0.2, lr_max 0.1)" in str(said.message)
+    assert decay.steps == 8
+
+
+# What is shown of a run that is resumed
+
+
+def resumed(**arguments):
+    """A run of ten steps, resumed after five of them."""
+    (_, first), (_, second) = one_weight(), one_weight()
+    schedule = lambda progress: 0.1 + 0.4 * progress  # noqa: E731
+    before = DecoupledWD(first, schedule, total_steps=10)
+    for _ in range(5):
+        first.step()
+    decay = DecoupledWD(second, schedule, total_steps=10, **arguments)
+    decay.load_state_dict(before.state_dict())
+    return before, decay
+
+
+def test_describe_right_after_a_state_is_loaded():  # P7, P9, P13
+    before, decay = resumed()
+    assert decay.describe() == before.describe()
+    assert decay.coefficients == before.coefficients == [pytest.approx(0.1 + 0.4 * 0.4)]
+    assert decay.steps == 5
+
+
+def test_describe_tells_of_the_state_and_not_of_the_run_before_it():  # P7, P9
+    before, decay = resumed()
+    for _ in range(3):
+        decay.optimizer.step()
+    decay.load_state_dict(before.state_dict())
+    assert decay.describe() == before.describe()
+
+
+def test_a_state_that_does_not_tell_the_progress_is_loaded():  # P9
+    before, decay = resumed()
+    state = before.state_dict()
+    del state["progress"]  # version 0.1.0
+    decay.load_state_dict(state)
+    decay.optimizer.step()
+    before.optimizer.step()
+    assert decay.state_dict() == before.state_dict()
+
+
+def test_verbose_shows_a_resumed_run_too(capsys):  # P7
+    _, decay = resumed(verbose=True)
+    decay.optimizer.step()
+    decay.optimizer.step()
+    (line,) = (it for it in capsys.readouterr().out.splitlines() if not it.startswith("group"))
+    assert line.split()[:2] == ["0", "0.26"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lr", [1e-3, 0.0123])
 def test_a_fused_update_computes_with_its_tensor_of_a_learning_rate_in_double(dtype, lr):  # P4

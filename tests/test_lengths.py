@@ -100,6 +100,101 @@ def test_a_loader_whose_length_changes_under_max_steps(package, ours):  # P6
     assert seen.all == pytest.approx([i / 12 for i in range(12)], abs=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [(4, 2, 4, 2, 4), (8, 1, 1, 1, 8), (2, 5, 8)])
+@pytest.mark.parametrize("stop", [None, 4, 9])
+def test_lengths_that_come_back_under_max_steps(package, tmp_path, ours, lengths, stop):  # P6, P9
+    from lightning_models import loader, model_class, quiet_trainer
+
+    class Reloads(model_class(package)):
+        def train_dataloader(self):
+            return loader(lengths[self.current_epoch])
+
+    settings = {"max_steps": 14, "max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
+    saved = {} if stop is None else {"ckpt_path": tmp_path / f"step={stop}.ckpt"}
+    if saved:
+        names = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+        save = package.callbacks.ModelCheckpoint(tmp_path, **names)
+        callbacks = ours(Seen()), save
+        quiet_trainer(package, *callbacks, enable_checkpointing=True, **settings).fit(Reloads(adam))
+    seen, start = Seen(), stop or 0
+    quiet_trainer(package, ours(seen), **settings).fit(Reloads(adam), **saved)
+    assert seen.steps(14 - start) == [i / 14 for i in range(start, 14)]
+
+
+@pytest.mark.parametrize(("before", "batches"), [(5, 20), (20, 10), (20, 20), (10, 40)])
+def test_resumed_under_max_steps(package, tmp_path, ours, before, batches):  # P6, P9
+    from lightning_models import fit
+
+    save = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"epochs": 2, "max_steps": 60, "enable_checkpointing": True}
+    fit(package, adam, ours(Seen()), save, batches=before, **settings)
+    seen, last = Seen(), tmp_path / "last.ckpt"
+    fit(package, adam, ours(seen), batches=batches, epochs=None, max_steps=60, resume=last)
+    assert seen.steps(60 - 2 * before) == [i / 60 for i in range(2 * before, 60)]
+
+
+def test_more_steps_from_where_max_steps_cut_an_epoch_short(package, tmp_path, ours):  # P6, P9
+    from lightning_models import fit
+
+    done = fit(package, adam, ours(Seen()), batches=4, epochs=None, max_steps=6)
+    done.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    seen = Seen()
+    resume = {"batches": 4, "epochs": None, "max_steps": 12, "resume": tmp_path / "a.ckpt"}
+    fit(package, adam, ours(seen), **resume)
+    assert seen.steps(6) == [i / 12 for i in range(6, 12)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_epochs_that_are_shorter_than_announced(package, ours, accumulate):  # P6
+    from lightning_models import fit
+
+    class Short(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(6))
+
+        def __len__(self):
+            return 10
+
+    seen, accumulation = Seen(), {"accumulate_grad_batches": accumulate}
+    fit(package, adam, ours(seen), batches=Short(), epochs=None, max_steps=15, **accumulation)
+    assert seen.all == [i / 15 for i in range(15)]
+
+
+def test_endless_batches_from_where_an_exception_left_them(package, tmp_path, ours):  # P6, P9
+    from lightning_models import Endless, fit, same
+
+    class Fail(package.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 4:
+                raise RuntimeError("out of memory")
+
+    def run(seen, *callbacks, **settings):
+        batches, limits = Endless(), {"epochs": None, "max_steps": 10}
+        return fit(package, adam, ours(seen), *callbacks, batches=batches, **limits, **settings)
+
+    whole, resumed = Seen(), Seen()
+    expected = run(whole)
+    save = package.callbacks.OnExceptionCheckpoint(tmp_path, filename="a")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(Seen(), Fail(), save, enable_checkpointing=True)
+    model = run(resumed, resume=tmp_path / "a.ckpt")
+    assert resumed.steps(6) == whole.all[4:] == [i / 10 for i in range(4, 10)]
+    assert same(model, expected)
+
+
+def test_a_training_step_that_takes_the_iterator(package, ours):  # P6
+    from lightning_models import loader, model_class, quiet_trainer
+
+    class Iterates(model_class(package)):
+        def training_step(self, dataloader_iter):
+            next(dataloader_iter)
+            return self.loss(0)
+
+    seen = Seen()
+    quiet_trainer(package, ours(seen), max_epochs=2).fit(Iterates(adam), loader(4))
+    assert seen.all == [i / 8 for i in range(8)]
+
+
 def test_turns_under_max_steps(package, ours):  # P6
     from lightning_models import loader, model_class, quiet_trainer
 
@@ -224,6 +319,49 @@ def test_fastai_with_batches_that_grow():  # P6, P13
     learn.fit(3, cbs=[Grow(), decay])
     expected = [(epoch + i / n) / 3 for epoch, n in enumerate((8, 4, 2)) for i in range(n)]
     assert learn.recorder.hps["wd"] == pytest.approx([1 - progress for progress in expected])
+
+
+def test_fastai_fits_within_a_fit():  # P1, P6
+    from fastai.callback.core import Callback
+
+    from wd_callbacks.fastai import DecoupledWD
+
+    class Within(Callback):
+        order = 100
+        now = True
+
+        def after_batch(self):
+            if (self.epoch, self.iter) == (0, 3) and self.now:
+                self.now = False
+                names = ("epoch", "n_epoch", "iter", "n_iter", "dl", "model", "xb", "yb", "opt")
+                outer = {name: getattr(self.learn, name) for name in names}
+                self.learn.fit(1)
+                for name, value in outer.items():
+                    setattr(self.learn, name, value)
+                self.learn.model.train()
+                self.learn.training = True
+
+    learn, seen = learner(), Seen()
+    learn.add_cb(DecoupledWD(seen))
+    learn.fit(2, cbs=Within())
+    outer, within = [i / 16 for i in range(16)], [i / 8 for i in range(8)]
+    assert seen.all == [*outer[:4], *within, *outer[4:]]
+
+
+def test_fastai_batches_that_are_cancelled_after_their_step():  # P6
+    from fastai.callback.core import Callback, CancelBatchException
+
+    from wd_callbacks.fastai import DecoupledWD
+
+    class Cancel(Callback):
+        order = 0
+
+        def after_step(self):
+            raise CancelBatchException
+
+    seen = Seen()
+    learner().fit(2, cbs=[DecoupledWD(seen), Cancel()])
+    assert seen.all == [i / 16 for i in range(16)]
 
 
 @pytest.mark.parametrize("wd", [0.1, "schedule"])

@@ -210,6 +210,16 @@ class SAM(torch.optim.Optimizer):
         self.base.step()
 
 
+class FirstStepSAM(SAM):
+    """Climbs by the gradients that are there, as the most used implementation does."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        params = [p for group in self.param_groups for p in group["params"]]
+        torch.stack([p.grad.norm() for p in params if p.grad is not None])  # of none is an error
+        super().step(closure)
+
+
 class LookSAM(SAM):
     """Liu et al. (arXiv 2203.02714): climbs at every tenth step only."""
 
@@ -278,6 +288,7 @@ def zeroed(optimizer):
 WRONG = [
     (lambda ps: WithoutHooks(torch.optim.SGD(ps, lr=0.1)), "never runs .* hooks.* its 'base'"),
     (lambda ps: SAM(ps, torch.optim.SGD, lr=0.1), "SAM undoes a decay .* attach .* its 'base'"),
+    (lambda ps: FirstStepSAM(ps, torch.optim.SGD, lr=0.1), "FirstStepSAM undoes .* its 'base'"),
     (lambda ps: LookSAM(ps, torch.optim.SGD, lr=0.1), "LookSAM undoes a decay .* its 'base'"),
     (lambda ps: schedulefree.AdamWScheduleFree(ps), "AdamWScheduleFree undoes a decay"),
     (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.1), "SGDScheduleFree undoes a decay"),
@@ -335,6 +346,23 @@ def test_the_base_of_a_wrapper_is_accepted():  # P5
     assert torch.equal(p.data, torch.full((2,), 0.95))
 
 
+def test_a_refused_step_is_none():  # P6, P10
+    optimizer, seen = two_groups(), []
+    decay = DecoupledWD(optimizer, lambda p: seen.append(p) or 0.1, total_steps=4)
+    optimizer.step()
+    state = decay.state_dict()
+    for closure in ([], [lambda: torch.zeros(())]):
+        optimizer.param_groups[1]["lr"] = 20.0
+        with pytest.raises(ValueError, match="shrink its weights by 2"):
+            optimizer.step(*closure)
+        assert decay.steps == 1
+        assert decay.state_dict() == state
+    optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.step()
+    assert seen[-1] == 0.25
+    assert decay.steps == 2
+
+
 def test_silence_where_nothing_is_wrong(recwarn):
     optimizer = two_groups(weight_decay=0.1)
     DecoupledWD(optimizer, lambda p: 0.1, scale_by="lr_ratio", max_lr=1.0, total_steps=2)
@@ -351,15 +379,35 @@ class Copies(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    copy = self.state[p].setdefault("copy", p.float())
-                    copy = p if p.dtype == torch.float32 else copy
+                    copy = self.state[p].setdefault("copy", p.detach().to(torch.float32, copy=True))
+                    copy = copy if self.copies(p) else p
                     copy.sub_(p.grad, alpha=group["lr"])
                     p.copy_(copy)
 
+    def copies(self, p):
+        return p.dtype != torch.float32
+
+
+class CopiesOfMatrices(Copies):
+    def copies(self, p):
+        return p.ndim == 2
+
+
+REFUSED = r"a second copy that the decay does not reach .* half"
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_copies_of_half_precision_weights_are_refused(dtype):  # P5
+@pytest.mark.parametrize("among", [(), (torch.float32,)])
+def test_copies_of_half_precision_weights_are_refused(dtype, among):  # P5
     DecoupledWD(Copies([nn.Parameter(torch.ones(2))], lr=0.1), 0.1)
-    optimizer = Copies([nn.Parameter(torch.ones(2, dtype=dtype))], lr=0.1)
-    with pytest.raises(ValueError, match=r"a second copy that the decay does not reach .* half"):
-        DecoupledWD(optimizer, 0.1)
+    params = [nn.Parameter(torch.ones(2, dtype=it)) for it in (*among, dtype)]
+    with pytest.raises(ValueError, match=REFUSED):
+        DecoupledWD(Copies(params, lr=0.1), 0.1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_copies_of_some_weights_are_refused(order):  # P5
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))]
+    DecoupledWD(CopiesOfMatrices(params[:1], lr=0.1), 0.1)
+    with pytest.raises(ValueError, match=REFUSED):
+        DecoupledWD(CopiesOfMatrices(params[::order], lr=0.1), 0.1)

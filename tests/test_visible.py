@@ -232,6 +232,19 @@ def test_lightning_logs_what_each_step_used(tmp_path, settings, steps):  # P13
 
 
 @lightning_only
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_lightning_logs_windows_of_accumulation_once(tmp_path, every):  # P13
+    from wd_callbacks.lightning import DecoupledWD
+
+    settings = {"accumulate_grad_batches": 2, "log_every_n_steps": every}
+    rows, _ = lightning_fit(tmp_path, DecoupledWD(Linear(0.6, 0)), adam, **settings)
+    steps = list(range(every - 1, 6, every))
+    assert [int(row["step"]) for row in rows] == steps
+    used = [float(row["wd-Adam"]) for row in rows]
+    assert used == pytest.approx([0.6 * (1 - step / 6) for step in steps])
+
+
+@lightning_only
 def test_lightning_logs_at_the_trainer_s_interval(tmp_path):  # P13
     from wd_callbacks.lightning import DecoupledWD
 
@@ -300,6 +313,15 @@ def test_lightning_names_are_those_of_learning_rate_monitor(make, expected):  # 
 
 
 @lightning_only
+def test_lightning_names_an_optimizer_of_two_schedulers_by_the_first():  # P13
+    def make(module):
+        optimizers = two_adams(module)
+        return optimizers, [constant(optimizers[0]) for _ in range(2)] + [constant(optimizers[1])]
+
+    assert names_logged(make, twins={"Adam-1"}) == {"Adam", "Adam-2"}
+
+
+@lightning_only
 def test_lightning_names_groups_that_are_added():  # P13
     import pytorch_lightning as pl
 
@@ -313,8 +335,11 @@ def test_lightning_names_groups_that_are_added():  # P13
     assert names == {"Adam", "Adam/pg1", "Adam/pg2"}
 
 
-def names_logged(make, *callbacks):
-    """The names without ``wd-`` and ``lr-``: they are to be the same, and tell the same groups."""
+def names_logged(make, *callbacks, twins=()):
+    """The names without ``wd-`` and ``lr-``: they are to be the same, and tell the same groups.
+
+    Those of ``twins`` tell again of what another name tells.
+    """
     import pytorch_lightning as pl
     from lightning_models import fit
 
@@ -330,7 +355,8 @@ def names_logged(make, *callbacks):
     monitor = pl.callbacks.LearningRateMonitor("step")
     settings = {"logger": Log(), "log_every_n_steps": 1, "model": {"manual": True}}
     fit(pl, make, DecoupledWD(), monitor, *callbacks, **settings)
-    assert values["wd"] == pytest.approx({name: 10 * lr for name, lr in values["lr"].items()})
+    expected = {name: 10 * lr for name, lr in values["lr"].items() if name not in twins}
+    assert values["wd"] == pytest.approx(expected)
     return set(values["wd"])
 
 
@@ -376,3 +402,21 @@ def test_lightning_describes_and_is_verbose(tmp_path, capsys):  # P7
     (row,) = decay.describe()
     assert row.decaying[0] == row.spared[0] == 2
     assert row.steps_per_epoch == 6
+
+
+@lightning_only
+def test_lightning_describes_the_fit_also_after_a_test_of_its_checkpoint(tmp_path):  # P7, P13
+    import pytorch_lightning as pl
+    from lightning_models import fit, loader
+
+    from wd_callbacks.lightning import DecoupledWD
+
+    decay = DecoupledWD(Linear(0.6, 0))
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    model = fit(pl, adam, decay, save, enable_checkpointing=True)
+    described, state = decay.describe(), decay.state_dict()
+    model.test_step = lambda batch, batch_idx: None
+    model.trainer.test(model, loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert decay.describe() == described
+    assert decay.coefficients == {0: [pytest.approx(0.6 / 12)]}
+    assert decay.state_dict() == state

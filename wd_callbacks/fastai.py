@@ -123,7 +123,7 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         starts = not self._bound or self._fits > 1
         if starts:
             self._fits, self._bound = 1, True
-            self._position = self.epoch / self.n_epoch
+            self._position = self._done(0)
             self._used: list[float] = []
             self._batches = 0
         if starts or self.opt is not self._opt:
@@ -136,17 +136,14 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         """Have the optimizer decay when it steps, which another callback may still cancel."""
         if not self._bound:  # a fit within this one has ended
             self.before_train()
+            self._position = self._done(self.iter)
         _Step.remove(self.opt)
         self.opt.step = _Step(self.opt, self._decayed_step)
 
     def after_step(self) -> None:
         """Note what part of the fit is done, also where the step was cancelled."""
         _Step.remove(self.opt)
-        self._move_on()
-
-    def _move_on(self) -> None:
-        batches = self.epoch * self._n_iter + self.iter + 1
-        self._position = batches / (self._n_iter * self.n_epoch)
+        self._position = self._done(self.iter + 1)
 
     def after_batch(self) -> None:
         self._batches += 1
@@ -158,6 +155,10 @@ class DecoupledWD(Callback):  # type: ignore[misc]
             self._bound = False
             if hasattr(self.learn, "recorder"):
                 self.recorder.hps = self._hps()
+
+    def _done(self, batches: int) -> float:
+        """What part of the fit is done after some batches of this epoch."""
+        return float((self.epoch * self._n_iter + batches) / (self._n_iter * self.n_epoch))
 
     def _hps(self) -> dict[str, list[Any]]:
         scheds = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
@@ -230,7 +231,7 @@ class DecoupledWD(Callback):  # type: ignore[misc]
             return opt.step(*args, **kwargs)
         finally:
             self._decay.give_back()
-            self._move_on()  # a callback before this one may cancel the batch after the step
+            self._position = self._done(self.iter + 1)  # a callback may cancel our `after_step`
             # One value for each batch that has led to this step, as ParamScheduler records them.
             self._used += self._decay.coefficients[-1:] * (self._batches + 1 - len(self._used))
 
