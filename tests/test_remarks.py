@@ -70,6 +70,13 @@ class Cautious(Own):
         return p.grad + wd * p * (p * p.grad > 0)
 
 
+class SparesVectors(Own):
+    """Decoupled, of matrices alone."""
+
+    def update(self, p, group, wd):
+        return p.grad.sign() + (wd * p if p.ndim > 1 else 0)
+
+
 class Thrice(Own):
     """Decoupled, with a rate that is not lr."""
 
@@ -82,6 +89,13 @@ class Always(Own):
 
     def update(self, p, group, wd):
         return p.grad + 0.05 * p
+
+
+class AlwaysVectors(Own):
+    """Decays vectors by a key of their own, as pytorch_optimizer's MARS."""
+
+    def update(self, p, group, wd):
+        return p.grad + (wd if p.ndim > 1 else 0.05) * p
 
 
 class Relative(Own):
@@ -104,8 +118,10 @@ class Learned(Own):
 REMARKS = {
     SwitchedRatio: "leaves a part of its update out where its own weight decay is 0",
     Cautious: "own weight decay is neither L2 nor decoupled",
+    SparesVectors: "own weight decay is neither L2 nor decoupled on all weights",
     Thrice: "own weight decay takes 2.99 times lr * wd",
     Always: "decays its weights also where the weight decay of its param groups is 0",
+    AlwaysVectors: "decays its weights also where the weight decay of its param groups is 0",
     Relative: "makes the same update at any learning rate",
     Learned: "learns a factor 'd' of its learning rate",
 }
@@ -116,8 +132,8 @@ def test_what_a_user_should_know_is_said_once(cls):  # P5
     params = weights()
     before = [p.detach().clone() for p in params]
     random_state = torch.get_rng_state()
-    optimizer = cls([{"params": [p]} for p in params])
-    (remark,) = said(optimizer)
+    optimizer = cls(params)
+    remark, *_ = said(optimizer)
     assert remark.startswith(cls.__name__)
     assert REMARKS[cls] in remark
     assert all(map(torch.equal, before, params))

@@ -108,7 +108,7 @@ def _remarks(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
             f"the real one, or 'none'"
         )
     still = _walk(optimizer, noise=0.0)
-    if _shrink(still[-1], still[0]) > 3e-6:
+    if any(_shrink([after], [p]) > 3e-6 for after, p in zip(still[-1], still[0])):
         yield (
             f"{name} decays its weights also where the weight decay of its param groups is 0, and "
             f"the decay that is attached comes on top of that"
@@ -137,8 +137,8 @@ def _of_its_own(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
     rate, rate_first = _shrink(own, end) / 3, _shrink(own_first, first)
     if not (rate and math.isclose(rate, rate_first, rel_tol=0.1)):
         yield (
-            f"{name}'s own weight decay is neither L2 nor decoupled (it may be part of a trust "
-            f"ratio): while this one is attached, what else it does is left out"
+            f"{name}'s own weight decay is neither L2 nor decoupled on all weights (it may be part "
+            f"of a trust ratio, or spare vectors): while this one is attached, that is left out"
         )
     elif by_lr:
         yield (
