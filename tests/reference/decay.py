@@ -93,11 +93,11 @@ class ReferenceDecay:
             on_device: Whether only the device knows if the update will happen.
 
         Raises:
-            RefusedError: Nothing is taken and groups that are new stay new, but the step counts.
+            RefusedError: Nothing is taken, groups that are new stay new, and the step is none.
         """
         trial = copy.deepcopy(self)
-        self.steps += 1
         rows = trial._rows(groups, weights, on_device)
+        self.steps += 1
         self.met, self.peaks, self.spared = trial.met, trial.peaks, trial.spared
         self.coefficients = trial.coefficients
         return rows
