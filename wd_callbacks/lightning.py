@@ -92,15 +92,14 @@ class _Run:
         """Moves on to the batch that starts."""
         steps = trainer.global_step
         if not self.by_epochs:  # whatever epochs came before, and however long they were
-            self.position = (
-                _until(self.per_epoch, self.windows, self.epochs, steps)[0] / self.batches
-            )
+            batches, _ = _until(self.per_epoch, self.windows, self.epochs, steps)
+            self.position = batches / self.batches
         elif self.automatic:
-            self.position = self._by_epochs(trainer)
+            self.position = self._part_of_epochs(trainer)
         else:
-            self.position = max(self._by_epochs(trainer), steps / self.steps)
+            self.position = max(self._part_of_epochs(trainer), steps / self.steps)
 
-    def _by_epochs(self, trainer: Any) -> float:
+    def _part_of_epochs(self, trainer: Any) -> float:
         per_epoch, epoch = trainer.num_training_batches, trainer.current_epoch
         batch_idx = trainer.fit_loop.batch_idx  # the hook's lags behind with a dataloader_iter
         if per_epoch == self.per_epoch < math.inf:
