@@ -879,8 +879,8 @@ MUTANTS = [
     Mutant(
         "trial steps without gradients before the closure",
         "probe.py",
-        "    backward()  # SAM",
-        "    pass  # SAM",
+        "        backward()  # SAM",
+        "        pass  # SAM",
         "refusals",
         "undo_it",
     ),

@@ -128,6 +128,20 @@ def model_class(package):
     return type("Model", (Recipe, package.LightningModule), {})
 
 
+def turns_class(package):
+    """A model with two optimizers, the second of which steps in every third batch."""
+
+    class Turns(model_class(package)):
+        def training_step(self, batch, batch_idx):
+            for optimizer, every in zip(self.optimizers(), (1, 3)):
+                if batch_idx % every == every - 1:
+                    optimizer.zero_grad()
+                    self.manual_backward(self.loss(batch_idx))
+                    optimizer.step()
+
+    return Turns
+
+
 def loader(batches):
     return DataLoader(torch.arange(batches), batch_size=1)
 

@@ -196,24 +196,14 @@ def test_a_training_step_that_takes_the_iterator(package, ours):  # P6
 
 
 def test_turns_under_max_steps(package, ours):  # P6
-    from lightning_models import loader, model_class, quiet_trainer
-
-    class Turns(model_class(package)):
-        """The second optimizer steps in every third batch."""
-
-        def training_step(self, batch, batch_idx):
-            for optimizer, every in zip(self.optimizers(), (1, 3)):
-                if batch_idx % every == every - 1:
-                    optimizer.zero_grad()
-                    self.manual_backward(self.loss(batch_idx))
-                    optimizer.step()
+    from lightning_models import loader, quiet_trainer, turns_class
 
     def both(module):
         return [adam(module.backbone), adam(module.head)]
 
     first, second = Seen(), Seen()
     trainer = quiet_trainer(package, ours({0: first, 1: second}), max_steps=16)
-    trainer.fit(Turns(both, manual=True), loader(6))
+    trainer.fit(turns_class(package)(both, manual=True), loader(6))
     steps = [batch + batch // 3 for batch in range(12)]  # made before a batch
     assert first.all == [step / 16 for step in steps]
     assert second.all == [0, 4 / 16, 8 / 16, 12 / 16]

@@ -23,6 +23,7 @@ from lightning_models import (
     network,
     quiet_trainer,
     same,
+    turns_class,
     weights,
 )
 from reference.loops import decay_by_hand
@@ -710,20 +711,10 @@ def test_progress_of_several_optimizers(package):  # P6
 
 
 def test_progress_of_optimizers_that_take_turns(package):  # P6
-    class Turns(model_class(package)):
-        """The second optimizer steps in every third batch."""
-
-        def training_step(self, batch, batch_idx):
-            for optimizer, every in zip(self.optimizers(), (1, 3)):
-                if batch_idx % every == every - 1:
-                    optimizer.zero_grad()
-                    self.manual_backward(self.loss(batch_idx))
-                    optimizer.step()
-
     seen = {0: [], 1: []}
     wd = {i: lambda p, i=i: seen[i].append(p) or 0.0 for i in seen}
     trainer = quiet_trainer(package, DecoupledWD(wd), max_epochs=2)
-    trainer.fit(Turns(BOTH, manual=True), loader(6))
+    trainer.fit(turns_class(package)(BOTH, manual=True), loader(6))
     assert seen == {0: pytest.approx(evenly(12)), 1: pytest.approx(evenly(4))}
 
 

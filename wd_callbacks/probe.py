@@ -260,9 +260,9 @@ class _Apart(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         for arg in args:
-            each = arg if isinstance(arg, (list, tuple)) else (arg,)
-            if any(isinstance(it, Tensor) and id(it) in self._real for it in each):
-                raise TypeError("a step of the copy reaches the real weights")
+            for it in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if id(it) in self._real and isinstance(it, Tensor):
+                    raise TypeError("a step of the copy reaches the real weights")
         return func(*args, **(kwargs or {}))
 
 
@@ -401,14 +401,16 @@ def _step(twin: Optimizer, closes: bool, seed: int, factor: float, l2: float, no
                 p.grad = noise * gradient + sign * l2 * p.detach()
 
     def closure() -> Tensor:
-        backward()
-        if factors:
-            for p in _params(twin):
-                p.data.mul_(factors[0])
-            factors.clear()
-        return torch.zeros(())
+        with torch._C.DisableTorchFunction():  # this is no call of the optimizer's
+            backward()
+            if factors:
+                for p in _params(twin):
+                    p.data.mul_(factors[0])
+                factors.clear()
+            return torch.zeros(())
 
-    backward()  # SAM, for one, wants gradients before it evaluates its closure
+    if any(p.grad is None for p in _params(twin)):
+        backward()  # SAM, for one, wants gradients before it evaluates its closure
     step = type(twin).step.__wrapped__  # type: ignore[attr-defined]  # without hooks for all optimizers
     if closes:
         step(twin, closure=closure)
