@@ -400,9 +400,10 @@ REFUSED = r"a second copy that the decay does not reach .* half"
 @pytest.mark.parametrize("among", [(), (torch.float32,)])
 def test_copies_of_half_precision_weights_are_refused(dtype, among):  # P5
     DecoupledWD(Copies([nn.Parameter(torch.ones(2))], lr=0.1), 0.1)
-    params = [nn.Parameter(torch.ones(2, dtype=it)) for it in (*among, dtype)]
-    with pytest.raises(ValueError, match=REFUSED):
-        DecoupledWD(Copies(params, lr=0.1), 0.1)
+    params = [nn.Parameter(torch.ones(2, dtype=it)) for it in (*among, dtype, *among)]
+    for groups in (params, [{"params": [p]} for p in params]):
+        with pytest.raises(ValueError, match=REFUSED):
+            DecoupledWD(Copies(groups, lr=0.1), 0.1)
 
 
 @pytest.mark.parametrize("order", [1, -1])

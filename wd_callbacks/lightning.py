@@ -62,6 +62,7 @@ class _Run:
         steps: Optimizer steps of the run; with manual optimization, which may make any number of
             them in a batch, only ``max_steps`` tells.
         steps_per_epoch: Those of its first epoch, with automatic optimization.
+        by_epochs: Whether its epochs end it, and not ``max_steps``.
         position: What part of the run was done when the current batch started, from 0 to 1.
     """
 

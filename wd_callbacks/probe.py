@@ -324,13 +324,13 @@ def _miniature(optimizer: Optimizer, memo: dict[int, Any], half: bool) -> Optimi
     for group in optimizer.param_groups:
         tiny: dict[Any, Tensor] = {}
         for p in group["params"]:
-            kind = (p.ndim, half and p.dtype)
+            kind = _kind(p, half)
             if kind not in tiny:
-                tiny[kind] = memo[id(p)] if id(p) in memo else _tiny(p, half)
+                tiny[kind] = memo[id(p)] if id(p) in memo else _tiny(*kind)
             memo.setdefault(id(p), tiny[kind])
         memo[id(group["params"])] = list(tiny.values())
     groups = optimizer.param_groups
-    memo[id(groups)] = [copy.deepcopy(group, memo) for group in _of_each_kind(groups)]
+    memo[id(groups)] = [copy.deepcopy(group, memo) for group in _of_each_kind(groups, half)]
     # Learning rate schedulers put a function of the real optimizer in the place of `step`.
     attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
     for value in attributes.values():
@@ -346,7 +346,7 @@ def _miniature(optimizer: Optimizer, memo: dict[int, Any], half: bool) -> Optimi
     return twin
 
 
-def _of_each_kind(groups: Sequence[Group]) -> list[Group]:
+def _of_each_kind(groups: Sequence[Group], half: bool) -> list[Group]:
     """One of the param groups that differ in no more than numbers, names and weights."""
 
     def kind(group: Group) -> Any:
@@ -355,7 +355,7 @@ def _of_each_kind(groups: Sequence[Group]) -> list[Group]:
             for key, value in group.items()
             if key != "params" and "name" not in key
         ]
-        return tuple(settings), frozenset(p.ndim for p in group["params"])
+        return tuple(settings), frozenset(_kind(p, half) for p in group["params"])
 
     return list({kind(group): group for group in groups}.values())
 
@@ -368,12 +368,16 @@ def _trait(value: Any) -> Any:
     return bool(value) if is_number else repr(value)
 
 
-def _tiny(p: Tensor, half: bool) -> torch.nn.Parameter:
+def _kind(p: Tensor, half: bool) -> tuple[int, torch.dtype]:
+    """The dimensions and the dtype that the tiny weight for ``p`` has."""
+    return p.ndim, p.dtype if half and p.dtype in HALF else torch.float32
+
+
+def _tiny(ndim: int, dtype: torch.dtype) -> torch.nn.Parameter:
     """Weights that differ, as some optimizers normalize them."""
-    dtype = p.dtype if half and p.dtype in HALF else torch.float32
-    weights = torch.linspace(0.5, 1.5, 2**p.ndim, device="cpu", dtype=dtype)
+    weights = torch.linspace(0.5, 1.5, 2**ndim, device="cpu", dtype=dtype)
     weights[1::3] *= -1
-    return torch.nn.Parameter(weights.reshape((2,) * p.ndim))
+    return torch.nn.Parameter(weights.reshape((2,) * ndim))
 
 
 def _weights(optimizer: Optimizer) -> Weights:
