@@ -10,7 +10,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FunctionType, MappingProxyType
 from typing import Any, TypeAlias
@@ -98,7 +98,7 @@ def _remarks(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
                 f"give scale_by=lambda group: group['lr'] * group['d']"
             )
         return  # with a 'd' that starts tiny, its steps tell nothing more
-    *_, start, _, _, end = _walk(optimizer)
+    *_, start, first, _, end = _walk(optimizer)
     if _distance(end, start) == 0:
         return
     if by_lr and _are_alike(_walk(optimizer, lr=2 * LR)[-1], end, start, 0.01):
@@ -114,12 +114,13 @@ def _remarks(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
             f"the decay that is attached comes on top of that"
         )
     if any(wd_key(group) is not None for group in optimizer.param_groups):
-        yield from _of_its_own(optimizer, name, by_lr)
+        yield from _of_its_own(optimizer, name, by_lr, start, first, end)
 
 
-def _of_its_own(optimizer: Optimizer, name: str, by_lr: bool) -> Iterator[str]:
-    """What is to be said of an optimizer's own weight decay."""
-    *_, start, first, _, end = _walk(optimizer)
+def _of_its_own(
+    optimizer: Optimizer, name: str, by_lr: bool, start: Weights, first: Weights, end: Weights
+) -> Iterator[str]:
+    """What is to be said of an optimizer's own weight decay, seeing where it goes without one."""
     if not _are_alike(_walk(optimizer, wd=1e-30)[-1], end, start, 1e-3):
         yield (
             f"{name} leaves a part of its update out where its own weight decay is 0, as it is "
@@ -252,17 +253,16 @@ def _seed() -> None:
 class _Apart(TorchFunctionMode):
     """Refuses to touch the real weights, which a step may reach through a global or a closure."""
 
-    def __init__(self, real: Collection[int]) -> None:
+    def __init__(self, real: Mapping[int, Any]) -> None:
         super().__init__()
-        self._real = real  # by their ids
+        self._real = real.keys()  # their ids
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for arg in args:
-            for it in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if id(it) in self._real and isinstance(it, Tensor):
-                    raise TypeError("a step of the copy reaches the real weights")
+        for each in (args, *[arg for arg in args if isinstance(arg, list)]):
+            if not self._real.isdisjoint(map(id, each)):
+                raise TypeError("a step of the copy reaches the real weights")
         return func(*args, **(kwargs or {}))
 
 
