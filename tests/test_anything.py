@@ -935,7 +935,7 @@ def parts(model, added):
 TestAnything = Anything.TestCase
 TestAnything.settings = settings(
     derandomize=True,
-    max_examples=int(os.environ.get("ANYTHING_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("ANYTHING_EXAMPLES", "100")),
     stateful_step_count=30,
     deadline=None,
     database=None,

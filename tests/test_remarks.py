@@ -132,8 +132,9 @@ def test_what_a_user_should_know_is_said_once(cls):  # P5
     params = weights()
     before = [p.detach().clone() for p in params]
     random_state = torch.get_rng_state()
-    optimizer = cls(params)
-    remark, *_ = said(optimizer)
+    optimizer = cls([{"params": [p]} for p in params])
+    remark, *others = said(optimizer)
+    assert len(others) == (cls is AlwaysVectors)  # of which its own weight decay tells more
     assert remark.startswith(cls.__name__)
     assert REMARKS[cls] in remark
     assert all(map(torch.equal, before, params))
