@@ -4,13 +4,14 @@
 #
 #   newest   the newest releases, on python3
 #   python   the newest releases for the oldest Python that pyproject.toml allows
+#   python313  the newest releases on Python 3.13
 #   oldest   on that Python, the oldest torch, fastai and pytorch-lightning that it allows
 #
 #     scripts/versions.sh                  # all sets; removes the environments
 #     scripts/versions.sh oldest           # one of them
 #     scripts/versions.sh -k ~/venvs       # keeps the environments and logs there, for the next time
 #
-# PYTHON_NEWEST and PYTHON_OLDEST name other interpreters. An environment takes 3 to 7 GB.
+# PYTHON_NEWEST, PYTHON_OLDEST and PYTHON_313 name other interpreters. An environment takes 3 to 7 GB.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -25,9 +26,9 @@ while getopts k:h option; do
     esac
 done
 shift $((OPTIND - 1))
-[ $# -gt 0 ] || set -- newest python oldest
+[ $# -gt 0 ] || set -- newest python python313 oldest
 for set in "$@"; do
-    case $set in newest | python | oldest) ;; *) usage >&2; exit 2 ;; esac
+    case $set in newest | python | python313 | oldest) ;; *) usage >&2; exit 2 ;; esac
 done
 
 if [ -n "$keep" ]; then
@@ -59,7 +60,7 @@ try() { # set, interpreter, requirements beyond those of pyproject.toml
         result=$(tail -n 1 "$log")
     fi
     [ $status = 0 ] || { failed=1; grep -E '^(FAILED|ERROR)' "$log" >&2 || tail -n 20 "$log" >&2; }
-    summary+=$(printf '%-7s  %-90s  %s' "$set" "$(versions "$env")" "$result")$'\n'
+    summary+=$(printf '%-9s  %-110s  %s' "$set" "$(versions "$env")" "$result")$'\n'
     [ -n "$keep" ] || rm -rf "$env"
 }
 
@@ -68,7 +69,7 @@ versions() {
 import platform
 from importlib import metadata
 
-names = ["torch", "fastai", "pytorch-lightning", "lightning"]
+names = ["torch", "fastai", "pytorch-lightning", "lightning", "transformers"]
 found = {d.name: d.version for d in metadata.distributions() if d.name in names}
 versions = [f"{name} {found[name]}" for name in names if name in found]
 print(", ".join([f"Python {platform.python_version()}", *versions]))
@@ -81,6 +82,7 @@ for set in "$@"; do
     case $set in
         newest) try newest "${PYTHON_NEWEST:-python3}" ;;
         python) try python "${PYTHON_OLDEST:-$oldest_python}" ;;
+        python313) try python313 "${PYTHON_313:-python3.13}" ;;
         oldest)
             try oldest "${PYTHON_OLDEST:-$oldest_python}" \
                 "$(lowest torch)" "$(lowest fastai)" "$lightning" "${lightning#pytorch-}"

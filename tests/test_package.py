@@ -1,4 +1,4 @@
-"""The package alone: torch is all it needs, and a missing framework is told."""
+"""The package alone: torch is all it needs; a missing framework is an error with a remedy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,23 @@
-"""Decoupled weight decay for any optimizer, in one line.
+"""Decoupled weight decay for any PyTorch optimizer, with one line.
 
-``wd_callbacks.fastai``, ``wd_callbacks.lightning`` and ``wd_callbacks.torch`` each hold a
-``DecoupledWD`` with the same arguments. Right before an optimizer's update every parameter that the
-update would touch is multiplied by ``1 - lr * wd``, and the optimizer itself steps with a weight
-decay of 0 (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101, Algorithm 2, line 12).
+``wd_callbacks.torch``, ``wd_callbacks.fastai``, ``wd_callbacks.lightning`` and
+``wd_callbacks.transformers`` each have a ``DecoupledWD`` with the same arguments. Right before an
+optimizer's update it multiplies every parameter that the update touches by ``1 - lr * wd``, and the
+optimizer itself steps with a weight decay of 0 (Loshchilov & Hutter, arXiv 1711.05101,
+Algorithm 2, line 12).
 """
 
-__version__ = "0.1.0"
+import sys
+
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> object:
+    """Raise an error that lists the modules to import DecoupledWD from."""
+    is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"  # and not getattr()
+    if name == "DecoupledWD" and is_import:
+        raise ImportError(
+            "DecoupledWD has one class per framework: import it from wd_callbacks.torch (plain "
+            "loops), wd_callbacks.fastai, wd_callbacks.lightning or wd_callbacks.transformers"
+        )
+    raise AttributeError(f"module 'wd_callbacks' has no attribute {name!r}")

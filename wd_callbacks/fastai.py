@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
+import sys
+import weakref
 from collections import ChainMap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from inspect import signature
+from types import FrameType
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from wd_callbacks import probe
-from wd_callbacks.arguments import Arguments, Group
-from wd_callbacks.decay import Decay
-from wd_callbacks.description import Description
+from wd_callbacks.core import table
+from wd_callbacks.core.adapter import Adapter
+from wd_callbacks.core.attach import checked
+from wd_callbacks.core.compat import check_compatible
+from wd_callbacks.core.config import Config
+from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.groups import Group
+from wd_callbacks.core.layout import Layout, Setup, check_parameters, make_layout
+from wd_callbacks.core.selection import Selection
+from wd_callbacks.core.step import Step
+from wd_callbacks.core.table import Description
+from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run
-from wd_callbacks.selection import Selection
-from wd_callbacks.torch import check_undecayed
 
 try:
     import numpy as np
-    from fastai.callback.core import Callback
-    from fastai.callback.schedule import ParamScheduler
+    from fastai.callback.core import Callback, CancelFitException
+    from fastai.callback.schedule import LRFinder, ParamScheduler
     from fastai.callback.training import GradientAccumulation
+    from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper, l2_reg, weight_decay
     from fastai.torch_core import rank_distrib
     from scipy.optimize import minimize_scalar
@@ -34,37 +43,43 @@ except ImportError as error:
     ) from error
 
 
-class DecoupledWD(Callback):  # type: ignore[misc]
+class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
     """Decay the weights by `lr*wd` right before their update, and step with a `wd` of 0.
 
     With it any optimizer decays as fastai's own do with `decouple_wd=True`, and parameters that
-    fastai marks `do_wd=False` are left alone. A schedule's progress is that of the fit:
-    `start_epoch` is where it starts. Each fit starts with nothing owed.
+    fastai marks `do_wd=False` are left alone. A schedule's progress is that of the fit, which
+    `start_epoch` enters later. Each fit starts with nothing deferred.
 
     Args:
-        wd: The coefficient, at least 0: a number for every param group; a schedule, that is a
-            callable from training progress (0.0 at the first step, towards 1.0) to a coefficient,
-            such as `SchedCos(0.04, 0.4)`; a sequence of either, one per param group; None for each
-            group's own `wd`, read afresh at every step, so that a `ParamScheduler` can set it. With
-            a single number or schedule, a group whose own `wd` is 0 while another's is not does not
-            decay.
-        scale_by: How much of `wd` one step takes: `"lr"`: `lr*wd`. `"lr_ratio"`: `lr/lr_max*wd`.
-            `"lr_squared"`: `lr**2/lr_max*wd`. `"none"`: `wd`. Or a callable from the param group to
-            the number that replaces `lr`, or a sequence of these, one per group.
-        max_lr: `lr_max` of the above, above 0, a number or one per group. None: the maximum of the
+        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
+            0.0 at the first step, towards 1.0, to a coefficient), such as `SchedCos(0.04, 0.4)`; a
+            sequence of these, one per param group; a mapping from parameters to these, such as
+            `{"1.*": 0.1, "*": 0.01}`, with keys as in `exclude`, of which the first match counts;
+            or None for each group's own `wd`, read at every step, so that a `ParamScheduler` can
+            set it. A group whose own `wd` is 0 while another's is not does not decay, unless `wd`
+            is a sequence.
+        scale_by: What `wd` is multiplied by in one step. `"lr"`: `lr`. `"lr_ratio"`: `lr/max_lr`.
+            `"lr_squared"`: `lr**2/max_lr`. `"none"`: 1. Or a callable from the param group to a
+            number, or a sequence of these, one per group.
+        max_lr: The peak learning rate, above 0, a number or one per group. None: the maximum of the
             fit's `lr` schedule, else the `lr` it starts with.
         exclude: Parameters that do not decay, an entry or several: `"bias"`, `"norm"`,
-            `"embedding"`, `"marked"` (`p._no_weight_decay`, or named by the model's
-            `no_weight_decay()`), a glob on the full parameter name, a module type or its dotted
-            path, or a predicate `(name, parameter) -> bool`.
-        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
-            they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step.
-        verbose: Whether `describe()` is printed when the fit starts to train, on rank zero.
+            `"embedding"`, `"vector"` (fewer than two dimensions), `"marked"` (`p._no_weight_decay`,
+            or named by a module's `no_weight_decay()`), a glob on the full parameter name, a module
+            type or its dotted path, or a predicate `(name, parameter) -> bool`.
+        anchor: What weights decay towards. None: zero. `"initial"`: each parameter's value right
+            before its first update in the fit. Or a mapping from parameter name to tensor, such as
+            a pretrained `state_dict()`; parameters that it does not name decay towards zero.
+        cautious: If True, only elements decay that the update moves towards the anchor as well
+            (arXiv 2510.12402).
+        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
+            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+        verbose: If True, print `describe()` when the fit starts to train, on rank zero.
 
     Raises:
-        TypeError, ValueError: An argument makes no sense or, when the fit starts to train, does not
-            fit the optimizer; at a step and before a weight has changed, where a coefficient is
-            negative, NaN or infinite, or a shrink 1 or more.
+        TypeError, ValueError: An argument is invalid or, when the fit starts to train, does not fit
+            the optimizer. At a step and before a weight has changed: a coefficient is negative, NaN
+            or infinite, or a shrink 1 or more (which ends a search by `lr_find`).
 
     Example:
         >>> import torch
@@ -84,106 +99,153 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         wd: Any = None,
         *,
         scale_by: Any = "lr",
-        max_lr: float | Sequence[float] | None = None,
+        max_lr: Any = None,
         exclude: Any = (),
+        anchor: Any = None,
+        cautious: bool = False,
         quantum: float | None = None,
         verbose: bool = False,
     ) -> None:
-        self.arguments = Arguments(
-            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
-        ).of_optimizer(0, [0])
-        self._decay: Decay | None = None  # of the fit that is running, or of the last one
+        if sys._getframe(1).f_code is Learner.add_cb.__code__:
+            raise TypeError(
+                "cbs has the class DecoupledWD, expected an instance: DecoupledWD(1e-4)"
+            )
+        self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
+        if self.config.maps_optimizers:
+            raise TypeError(
+                f"wd maps optimizer indices, got {self.config!r}, but a Learner has one optimizer: "
+                f"give its wd itself"
+            )
+        self._armed: Any = None  # the _ArmedStep of the fit that is running, or of the last one
         self._fits = 0  # `validate` in the middle of a fit fires `before_fit` and `after_fit` too
-        self._bound = False
-        self._opt: Any = None  # the optimizer that `_decay` is of
+        self._is_fitting = False
+        self._position = _Position()
 
     @property
     def coefficients(self) -> list[float]:
-        """The coefficient of each param group at the last step."""
-        return [] if self._decay is None else self._decay.coefficients
+        """The coefficient at the last step, one per row of `describe()`."""
+        return [] if self._armed is None else self._armed.decay.coefficients
 
-    def describe(self) -> Description:
-        """A table of what the decay does to each param group; `print` shows it.
+    def describe(self, parameters: bool = False) -> Description:
+        """Return a table of what the decay does; `print` shows it.
 
-        The coefficients are those of the last step, before the first one those at progress 0.
+        The coefficients are those of the last step; before the first one, those at progress 0.
+
+        Args:
+            parameters: If False, a row per param group (and key of `wd`). If True, a row per
+                parameter: whether it decays and, if not, why.
 
         Raises:
-            ValueError: No fit has started to train.
+            ValueError: No fit has started to train, or its optimizer is gone.
         """
-        if self._decay is None:
+        if self._armed is None:
             raise ValueError("there is nothing to describe before a fit has started to train")
-        return self._decay.describe(_groups(self._opt))
+        make = table.describe_parameters if parameters else table.describe
+        return make(self._armed.decay, _groups(self._armed.opt))
 
     def before_fit(self) -> None:
         self._fits += 1
 
     def before_train(self) -> None:
         """Start afresh in the first epoch that trains, also after a fit that was interrupted."""
+        if getattr(self.learn, "dl", None) is None:
+            raise ValueError(
+                "this DecoupledWD belongs to another Learner, which is not training: give each "
+                "Learner a DecoupledWD of its own"
+            )
         self._n_iter = len(self.dl)
-        starts = not self._bound or self._fits > 1
+        starts = not self._is_fitting or self._fits > 1
         if starts:
-            self._fits, self._bound = 1, True
-            self._position = self._done(0)
-            self._used: list[float] = []
-            self._batches = 0
-        if starts or self.opt is not self._opt:
-            self._opt = self.opt
-            self._decay = self._new_decay()
-        if starts and self.arguments.verbose and rank_distrib() == 0:
+            self._fits, self._is_fitting = 1, True
+            self._position.value, self._batches = self._done(0), 0
+            self._used: dict[str, list[float]] = {}
+        self._has_attempted, self._steps = False, 0
+        if starts or not self._is_armed():
+            self._arm(goes_on=not starts)
+        if starts and self.config.verbose and rank_distrib() == 0:
             print(self.describe())
 
-    def before_step(self) -> None:
-        """Have the optimizer decay when it steps, which another callback may still cancel."""
-        if not self._bound:  # a fit within this one has ended
+    def before_batch(self) -> None:
+        """Go on after a fit within this one, or with an optimizer that has replaced another."""
+        if not self._is_fitting:
             self.before_train()
-            self._position = self._done(self.iter)
-        _Step.remove(self.opt)
-        self.opt.step = _Step(self.opt, self._decayed_step)
+            self._position.value = self._done(self.iter)
+        elif not self._is_armed():
+            self._arm(goes_on=True)
+        self._steps = self._armed.decay.steps
 
     def after_step(self) -> None:
-        """Note what part of the fit is done, also where the step was cancelled."""
-        _Step.remove(self.opt)
-        self._position = self._done(self.iter + 1)
+        """Note an attempt to step, also one that was cancelled."""
+        self._has_attempted = True
 
     def after_batch(self) -> None:
+        """Note what part of the fit is done, and the coefficients of each batch up to its step."""
         self._batches += 1
+        decay = self._armed.decay
+        has_stepped = decay.steps > self._steps
+        if has_stepped or self._has_attempted:
+            self._position.value, self._has_attempted = self._done(self.iter + 1), False
+        if has_stepped:
+            for name, coefficient in _named(decay).items():
+                used = self._used.setdefault(name, [])
+                used += [coefficient] * (self._batches - len(used))
 
     def after_fit(self) -> None:
         """Let `recorder.plot_sched` draw `wd`, beside what this fit's schedulers have recorded."""
         self._fits -= 1
-        if self._fits == 0 and self._bound:
-            self._bound = False
+        if self._fits == 0 and self._is_fitting:
+            self._is_fitting = False
+            self._armed.disarm()
+            self._armed.decay.check_max_lr()
             if hasattr(self.learn, "recorder"):
                 self.recorder.hps = self._hps()
 
     def _done(self, batches: int) -> float:
-        """What part of the fit is done after some batches of this epoch."""
+        """Return the part of the fit that is done after some batches of this epoch."""
         return float((self.epoch * self._n_iter + batches) / (self._n_iter * self.n_epoch))
 
     def _hps(self) -> dict[str, list[Any]]:
         scheds = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
         hps = {name: values for cb in scheds for name, values in getattr(cb, "hps", {}).items()}
-        used = self._used + self._used[-1:] * (self._batches - len(self._used))
-        return {**hps, "wd": used[: self._batches]}
+        for name, used in (self._used or {"wd": []}).items():
+            hps[name] = (used + used[-1:] * (self._batches - len(used)))[: self._batches]
+        return hps
 
-    def _new_decay(self) -> Decay:
+    def _is_armed(self) -> bool:
+        return self._armed is not None and self._armed.is_on(self.opt)
+
+    def _arm(self, goes_on: bool) -> None:
+        """Decay in the steps of the Learner's optimizer, whoever makes them."""
         if sum(isinstance(cb, DecoupledWD) for cb in self.learn.cbs) > 1:
-            raise ValueError("this Learner has two DecoupledWD callbacks, which would decay twice")
-        if isinstance(self.opt, OptimWrapper):
-            check_undecayed(self.opt.opt)
-            probe.check_weights(self.opt.opt)
-            remarks = probe.remarks(self.opt.opt, self.arguments.follows_lr)
-        else:
-            remarks = _remarks(self.opt)
-        for remark in remarks:
-            warnings.warn(remark, stacklevel=2)
-        self._selection = Selection(self.arguments.exclude, self.model)
-        decay = Decay(self.arguments, run=self._run(), peaks=self._peaks(), decays=self._decays)
-        decay.meet(_groups(self.opt))
-        return decay
+            raise ValueError(
+                "this Learner has two DecoupledWD, which would decay twice: merge them"
+            )
+        groups, old = _groups(self.opt), self._armed
+        scheds = [cb.scheds for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
+        setup = Setup(
+            self.config,
+            Selection(self.config.exclude, self.config.keys, self.model),
+            self._run(),
+            max_lrs=self._max_lrs(),
+            schedules_own_wd=any("wd" in each for each in scheds),
+            may_decay=functools.partial(_does_wd, weakref.ref(self.opt)),
+        )
+        for message in _compatibility(self.opt, self.config.follows_lr):
+            warn(message)
+        self.config.check_groups(groups)
+        check_parameters(setup, groups)
+        decay = Decay(setup)
+        if old is not None and goes_on:
+            layout = old.decay.layout
+            decay.layout = Layout(deferred=layout.all_deferred(), anchors=layout.anchors)
+            decay.steps = old.decay.steps
+        decay.layout = make_layout(setup, groups, (), decay.layout)
+        if old is not None:
+            old.disarm()
+        self._armed = _ArmedStep(self, self.opt, decay)
 
     def _run(self) -> Run:
-        """How many steps the fit makes, with accumulation taken into account."""
+        """Return how many steps the fit makes, with accumulation taken into account."""
         batches = 1
         for cb in self.learn.cbs:
             if isinstance(cb, GradientAccumulation):
@@ -195,8 +257,8 @@ class DecoupledWD(Callback):  # type: ignore[misc]
         steps_per_epoch = self._n_iter / batches
         return Run(steps_per_epoch * self.n_epoch, steps_per_epoch)
 
-    def _peaks(self) -> Any:
-        """The maximum of the fit's `lr` schedule for each param group, if it has one."""
+    def _max_lrs(self) -> Any:
+        """Return the maximum of the fit's `lr` schedule for each param group, if it has one."""
         scheds = [
             cb.scheds["lr"]
             for cb in self.learn.cbs.sorted("order")
@@ -210,84 +272,162 @@ class DecoupledWD(Callback):  # type: ignore[misc]
 
         grid = np.linspace(0, 1, 1001)
         sampled = np.array([lrs(progress) for progress in grid])
-        peaks = sampled.max(axis=0)
+        max_lrs = sampled.max(axis=0)
         for group, top in enumerate(grid[sampled.argmax(axis=0)]):  # between the samples, its top
             around = max(top - 1e-3, 0), min(top + 1e-3, 1)
             found = minimize_scalar(lambda x, i=group: -lrs(x)[i], bounds=around, method="bounded")
-            peaks[group] = max(peaks[group], -found.fun)
-        return peaks.tolist()
-
-    def _decays(self, p: torch.Tensor) -> bool:
-        state = self._opt.state
-        return self._selection(p) and bool(p not in state or state[p].get("do_wd", True))
-
-    def _decayed_step(self, opt: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.learn is None or not self._bound:  # left behind by a fit that was interrupted
-            return opt.step(*args, **kwargs)
-        assert self._decay is not None
-        groups = partial(_groups, opt)
-        args, kwargs = self._decay.begin(groups, lambda: self._position, args, kwargs)
-        try:
-            return opt.step(*args, **kwargs)
-        finally:
-            self._decay.give_back()
-            self._position = self._done(self.iter + 1)  # a callback may cancel our `after_step`
-            # One value for each batch that has led to this step, as ParamScheduler records them.
-            self._used += self._decay.coefficients[-1:] * (self._batches + 1 - len(self._used))
+            max_lrs[group] = max(max_lrs[group], -found.fun)
+        return max_lrs.tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
-        own = {name: value for name, value in vars(self).items() if name in ("arguments", "learn")}
-        return {**own, "_decay": None, "_fits": 0, "_bound": False, "_opt": None}
+        own = {name: value for name, value in vars(self).items() if name in ("config", "learn")}
+        return {**own, "_armed": None, "_fits": 0, "_is_fitting": False, "_position": _Position()}
 
 
-class _Step:
-    """What stands in for `opt.step` for one call; copies of `opt` step without it."""
+class _Position:
+    """The training progress of the next step."""
 
-    def __init__(self, opt: Any, decayed: Callable[..., Any]) -> None:
-        self.opt, self.decayed, self.replaced = opt, decayed, vars(opt).get("step")
+    value = 0.0
+
+    def __call__(self, decay: Decay) -> float:
+        """Return it."""
+        return self.value
+
+
+class _ArmedStep:
+    """Stands in for `opt.step` during a fit. It holds the optimizer weakly.
+
+    A fit that is interrupted leaves it behind: outside of a fit it steps as `opt.step` did.
+    """
+
+    def __init__(self, callback: DecoupledWD, opt: Any, decay: Decay) -> None:
+        self.remove(opt)
+        search_ends = functools.partial(_end_search, weakref.ref(callback.learn))
+        groups = functools.partial(_groups_of, weakref.ref(opt))
+        self.decay = decay
+        self._step = Step(decay, groups, callback._position, on_divergence=search_ends)
+        self._opt = weakref.ref(opt, lambda _: decay.release())
+        self._callback = weakref.ref(callback)
+        self._replaced = vars(opt).get("step")
+        self._inner: Any = opt.step
+        opt.step = self
+
+    @property
+    def opt(self) -> Any:
+        """The optimizer."""
+        opt = self._opt()
+        if opt is None:
+            raise ValueError("the optimizer of this DecoupledWD is gone, and its decay with it")
+        return opt
+
+    def is_on(self, opt: Any) -> bool:
+        """Return True if it stands in for the step of `opt`."""
+        return self._opt() is opt and self._inner is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.remove(self.opt)
-        return self.decayed(self.opt, *args, **kwargs)
+        """Decay, and step with a weight decay of 0."""
+        callback = self._callback()
+        if callback is None or not _is_fitting(callback.learn):
+            return self._inner(*args, **kwargs)
+        args, kwargs = self._step.before(args, kwargs)
+        try:
+            result = self._inner(*args, **kwargs)
+        except BaseException:
+            self._step.cancel()
+            raise
+        self._step.after()
+        return result
 
-    def __reduce__(self) -> Any:
-        return (
-            (_Step, (self.opt, _undecayed)) if self.replaced is None else (_same, (self.replaced,))
-        )
+    def disarm(self) -> None:
+        """Give the optimizer its own step back."""
+        opt = self._opt()
+        if opt is not None and vars(opt).get("step") is self:
+            self.remove(opt)
+        self._step.cancel()
 
     @staticmethod
     def remove(opt: Any) -> None:
         """Give `opt` back the step that it had, its class's or one of its own."""
         step = vars(opt).get("step")
-        if isinstance(step, _Step):
+        if isinstance(step, _ArmedStep):
             del opt.step
-            if step.replaced is not None:
-                opt.step = step.replaced
+            if step._replaced is not None:
+                opt.step = step._replaced
+            step._inner = None
+
+    def __reduce__(self) -> Any:
+        """Copies of the optimizer step without decay."""
+        if self._replaced is not None:
+            return _same, (self._replaced,)
+        return _PlainStep, (self._opt(),)
 
 
-def _undecayed(opt: Any, *args: Any, **kwargs: Any) -> Any:
-    """The step of a copy."""
-    return opt.step(*args, **kwargs)
+class _PlainStep:
+    """The step of a copy: its class's."""
+
+    def __init__(self, opt: Any) -> None:
+        self._opt = opt
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        del self._opt.step
+        return self._opt.step(*args, **kwargs)
 
 
 def _same(step: Any) -> Any:
-    """What a copy gets back of a step that was replaced."""
     return step
 
 
-def _remarks(opt: Any) -> list[str]:
-    """What a user should know of a fastai optimizer: which of its callbacks make more of `wd`."""
-    cbs = [cb.func if isinstance(cb, partial) else cb for cb in opt.cbs]
+def _is_fitting(learn: Any) -> bool:
+    """Return True if a fit of `learn`, None if the callback was removed, is on the call stack."""
+    frame: FrameType | None = sys._getframe(1) if learn is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "_with_events" and frame.f_locals.get("self") is learn:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _end_search(learn: Callable[[], Any]) -> bool:
+    """End a search by `lr_find` that diverges; its callback restores the weights."""
+    if any(isinstance(cb, LRFinder) for cb in learn().cbs):
+        raise CancelFitException
+    return False
+
+
+def _does_wd(opt: Callable[[], Any], p: Tensor) -> bool:
+    """Return False for parameters that fastai marks `do_wd=False`."""
+    state = opt().state
+    return bool(p not in state or state[p].get("do_wd", True))
+
+
+def _named(decay: Decay) -> dict[str, float]:
+    """Return what the last step used, as `wd`, and as `wd/key` if a mapping has several keys."""
+    pairs = list(zip(decay.layout.rules, decay.coefficients))
+    decaying = [(rule, wd) for rule, wd in pairs if not rule.is_no_decay] or pairs
+    keyed = {f"wd/{rule.key}": wd for rule, wd in decaying if rule.key is not None}
+    return {"wd": decaying[-1][1], **keyed}
+
+
+def _compatibility(opt: Any, follows_lr: bool) -> list[str]:
+    """Return what a user should know of an optimizer when its `wd` is 0."""
+    if isinstance(opt, OptimWrapper):
+        return check_compatible(checked(opt.opt), follows_lr)
+    cbs = [cb.func if isinstance(cb, functools.partial) else cb for cb in opt.cbs]
     return [
-        f"`{cb.__name__}` of this optimizer takes `wd` into its update, and here finds it 0"
+        f"`{cb.__name__}` of this optimizer takes `wd` into its update, and DecoupledWD sets it to "
+        f"0 meanwhile: only the decay itself is replaced"
         for cb in cbs
         if cb not in (weight_decay, l2_reg) and "wd" in signature(cb).parameters
     ]
 
 
+def _groups_of(opt: Callable[[], Any]) -> list[Group]:
+    return _groups(opt())
+
+
 def _groups(opt: Any) -> list[Group]:
-    """The param groups of a fastai optimizer, or those of the torch optimizer that it wraps."""
+    """Return the param groups of a fastai optimizer, or of the torch optimizer that it wraps."""
     if isinstance(opt, OptimWrapper):
         return list(opt.opt.param_groups)
     return [ChainMap(h, {"params": params}) for h, params in zip(opt.hypers, opt.param_lists)]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import reprlib
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from wd_callbacks import torch as plain
-from wd_callbacks.arguments import Arguments
-from wd_callbacks.checks import NO_STATE, check_state, is_amount, is_count, is_fraction, is_sequence
-from wd_callbacks.description import Description
+from wd_callbacks.core.adapter import Adapter
+from wd_callbacks.core.attach import Attached, attach, unwrapped
+from wd_callbacks.core.checks import is_sequence
+from wd_callbacks.core.config import Config
+from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.layout import Setup
+from wd_callbacks.core.selection import Selection
+from wd_callbacks.core.state import NOT_A_STATE, changes, check_entries, is_amount, is_count
+from wd_callbacks.core.table import Description
+from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run, Schedule
 
 # LightningCLI reads and writes configs by these, trying the members of a union in turn, None last.
@@ -36,34 +43,54 @@ Coefficients: TypeAlias = (
     | Sequence[float | Schedule]
 )
 
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
-def _callbacks() -> tuple[type, ...]:
-    """The Callback of each Lightning package that is installed: each Trainer takes its own."""
-    bases = []
-    for package in ("pytorch_lightning", "lightning.pytorch"):
+
+def _bases() -> tuple[type, ...]:
+    """Return the Callback of each Lightning package that is in use; of one if none is.
+
+    Each Trainer takes its own package's callbacks, and importing a package that is not in use would
+    redirect the log messages of the other.
+    """
+    in_use = [package for package in PACKAGES if package in sys.modules]
+    for package in in_use or PACKAGES:
+        if in_use:
+            break
+        levels = {name: logging.getLogger(name).level for name in (*PACKAGES, "lightning")}
         try:
-            bases.append(importlib.import_module(package).Callback)
+            importlib.import_module(package)
         except ImportError:
             continue
-    if not bases:
+        in_use = [package]
+        for name, level in levels.items():
+            if level != logging.NOTSET:  # set by the user
+                logging.getLogger(name).setLevel(level)
+    if not in_use:
         raise ImportError(
             "wd_callbacks.lightning needs pytorch-lightning or lightning: "
             "pip install 'wd_callbacks[lightning]'"
         )
-    return tuple(bases)
+    return tuple(sys.modules[package].Callback for package in in_use)
+
+
+BASES = _bases()
+
+from lightning_utilities.core.rank_zero import rank_zero_only  # noqa: E402
+
+rank_zero_warn = rank_zero_only(warn)
 
 
 class _Run:
-    """How long a run is, and where in it the current batch starts.
+    """The length of a run, and where in it the current batch starts.
 
     Attributes:
         batches: Training batches of the run, as far as its epochs, or the steps of automatic
             optimization, limit them.
         steps: Optimizer steps of the run; with manual optimization, which may make any number of
-            them in a batch, only ``max_steps`` tells.
+            them in a batch, they are known from ``max_steps`` only.
         steps_per_epoch: Those of its first epoch, with automatic optimization.
         by_epochs: Whether its epochs end it, and not ``max_steps``.
-        position: What part of the run was done when the current batch started, from 0 to 1.
+        position: The fraction of the run that was done when the current batch started, in [0, 1].
     """
 
     def __init__(self, trainer: Any, max_epochs: int, automatic: bool) -> None:
@@ -82,23 +109,31 @@ class _Run:
         self.position = 0.0
 
     def is_finite(self) -> bool:
-        """Whether the run ends after a known number of batches or steps."""
+        """Return True if the run ends after a known number of batches or steps."""
         return math.isfinite(self.length())
 
+    def as_run(self) -> Run:
+        """Return the numbers of steps that schedules may need."""
+        steps, per_epoch = self.steps, self.steps_per_epoch
+        return Run(
+            steps if math.isfinite(steps) else None, per_epoch if math.isfinite(per_epoch) else None
+        )
+
     def length(self) -> float:
-        """Its batches, or its steps where these alone are known."""
+        """Return its batches, or its steps if only these are known."""
         return min(self.batches, math.inf if self.automatic else self.steps)
 
     def start_batch(self, trainer: Any) -> None:
-        """Moves on to the batch that starts."""
+        """Move on to the batch that starts."""
         steps = trainer.global_step
         if not self.by_epochs:  # whatever epochs came before, and however long they were
             batches, _ = _until(self.per_epoch, self.windows, self.epochs, steps)
-            self.position = batches / self.batches
+            position = batches / self.batches
         elif self.automatic:
-            self.position = self._part_of_epochs(trainer)
+            position = self._part_of_epochs(trainer)
         else:
-            self.position = max(self._part_of_epochs(trainer), steps / self.steps)
+            position = max(self._part_of_epochs(trainer), steps / self.steps)
+        self.position = min(position, 1.0)  # max_epochs may be raised during the run
 
     def _part_of_epochs(self, trainer: Any) -> float:
         per_epoch, epoch = trainer.num_training_batches, trainer.current_epoch
@@ -109,7 +144,7 @@ class _Run:
 
 
 def _accumulation(trainer: Any) -> dict[int, int]:
-    """How many batches are in a window of accumulation, by the epoch from where that holds."""
+    """Return the batches per step, by the epoch from which that holds."""
     for callback in trainer.callbacks:
         if hasattr(callback, "get_accumulate_grad_batches"):
             return dict(sorted(callback.scheduling.items()))
@@ -119,7 +154,7 @@ def _accumulation(trainer: Any) -> dict[int, int]:
 def _until(
     per_epoch: float, windows: dict[int, int], epochs: float, most: float
 ) -> tuple[float, float]:
-    """Batches and steps until ``epochs`` are over or ``most`` steps made, one step per window."""
+    """Return batches and steps until ``epochs`` are over or ``most`` steps are made."""
     if math.isinf(per_epoch) or math.isinf(min(epochs, most)):
         return most * windows[0], most
     batches: float = 0
@@ -135,108 +170,114 @@ def _until(
     return batches, steps
 
 
-class _Attached(plain.DecoupledWD):
-    """The decay of one of the Trainer's optimizers, which counts by the batches of the run."""
+class _Position:
+    """The training progress of an optimizer's next step. The steps of one batch share it."""
 
-    _warn = staticmethod(rank_zero_warn)
+    def __init__(self) -> None:
+        self.value: float | None = None  # None: that of the batch that starts next
 
-    def __init__(
-        self, optimizer: Optimizer, arguments: Arguments, run: _Run, model: nn.Module
-    ) -> None:
-        self.run = run
-        self.position: float | None = None  # what was done when the previous step was made
-        self.has_attempted = False  # to step in the current batch, also where a scaler skips it
-        self.has_news = False  # coefficients that no logger has seen
-        super().__init__(
-            optimizer,
-            arguments.wd,
-            scale_by=arguments.scale_by,
-            max_lr=arguments.max_lr,
-            exclude=arguments.exclude,
-            quantum=arguments.quantum,
-            model=model,
-            progress=self._fraction,
-        )
-
-    def _attach(self) -> None:
-        self._decay.meet(self._groups())  # lr_max is the one with which training starts
-        super()._attach()
-
-    def start_batch(self) -> None:
-        """Moves on to where the run is. The steps of one batch share their position."""
-        if self.has_attempted or self.position is None:
-            self.position, self.has_attempted = self.run.position, False
-
-    def _length(self) -> Run:
-        steps, steps_per_epoch = self.run.steps, self.run.steps_per_epoch
-        return Run(
-            steps if math.isfinite(steps) else None,
-            steps_per_epoch if math.isfinite(steps_per_epoch) else None,
-        )
-
-    def _fraction(self) -> float:
-        self.has_attempted = self.has_news = True  # also where Lightning did not see the step
-        return 0.0 if self.position is None else self.position
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adds the position in the run, None for that of the next batch, and the run's length."""
-        position = None if self.has_attempted else self.position
-        return {**super().state_dict(), "position": position, "length": self.run.length()}
-
-    def _take(self, state: dict[str, Any]) -> None:
-        check_state(state, length=lambda _: True)
-        if "position" not in state:  # version 0.1.0 counted batches
-            check_state(state, done=lambda done: done is None or is_count(done))
-            state = {**state, "position": _part(state["done"], state["length"])}
-        check_state(state, position=lambda it: it is None or is_fraction(it))
-        super()._take(state)
-        self.position = state["position"] if state["length"] == self.run.length() else None
-        self.has_attempted = False
-
-    def _lengths(self) -> dict[str, Any]:
-        return {"length": self.run.length()} if self._decay.arguments.scheduled else {}
+    def __call__(self, decay: Decay) -> float:
+        """Return it."""
+        return self.value or 0.0
 
 
-def _part(done: int | None, length: Any) -> float | None:
-    """The part of a run of ``length`` batches that is ``done``."""
+class _Optimizer:
+    """One of the Trainer's optimizers, with its decay and its place in the run."""
+
+    def __init__(self, attached: Attached, position: _Position) -> None:
+        self.attached, self.position = attached, position
+        self.is_skipped = False  # the step of this batch, by a gradient scaler
+        self.steps_before = self.steps_logged = attached.decay.steps
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the current batch has attempted a step, also one that Lightning did not see."""
+        return self.is_skipped or self.attached.decay.steps > self.steps_before
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a step was made that is not logged yet."""
+        return self.attached.is_attached and self.attached.decay.steps > self.steps_logged
+
+    def start_batch(self, run: _Run) -> None:
+        """Move on to where the run is, if a step was attempted since the last batch started."""
+        if self.has_stepped or self.position.value is None:
+            self.position.value, self.is_skipped = run.position, False
+            self.steps_before = self.attached.decay.steps
+
+    def state_dict(self, run: _Run) -> dict[str, Any]:
+        """Return the state, with the position of the next step and the length of the run."""
+        position = None if self.has_stepped else self.position.value
+        decay = self.attached.decay
+        extra = {"steps": decay.steps, "total_steps": None}
+        return {**extra, **self.attached.state_dict(), "position": position, "length": run.length()}
+
+    def load_state_dict(self, state: dict[str, Any], run: _Run) -> None:
+        """Go on from a saved state."""
+        check_entries(state, steps=is_count, total_steps=lambda _: True, length=lambda _: True)
+        if "position" in state:
+            check_entries(state, position=lambda it: it is None or is_amount(it))
+            position = state["position"] and min(state["position"], 1.0)
+        else:  # version 0.1.0 counted batches
+            check_entries(state, done=lambda done: done is None or is_count(done))
+            position = _fraction(state["done"], state["length"])
+        self.attached.load_state_dict(state)
+        decay, length = self.attached.decay, run.length()
+        decay.steps = self.steps_before = self.steps_logged = state["steps"]
+        self.position.value = position if state["length"] == length else None
+        self.is_skipped = False
+        lengths = {"length": (state["length"], length)} if decay.setup.config.is_scheduled else {}
+        for message in changes(decay, state, lengths):
+            decay.warn(message)
+
+
+def _fraction(done: int | None, length: Any) -> float | None:
+    """Return the part of a run of ``length`` batches that is ``done``."""
     return min(done / length, 1.0) if done is not None and is_amount(length) and length else None
 
 
-class DecoupledWD(*_callbacks()):  # type: ignore[misc]
+class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     """Decays the weights by ``lr * wd`` right before their update, with any optimizer.
 
     On every step each weight with a gradient is multiplied by ``1 - lr * wd``, and the optimizer
     makes its update with a weight decay of 0 (Loshchilov & Hutter,
-    https://arxiv.org/abs/1711.05101, Algorithm 2). Works with automatic and manual optimization,
+    https://arxiv.org/abs/1711.05101, Algorithm 2). It works with automatic and manual optimization,
     accumulation, clipping and mixed precision; a step that is skipped decays nothing. A run that is
     resumed from a checkpoint goes on where it was.
 
     Args:
-        wd: The coefficient, at least 0: a number for every param group; a schedule, that is a
-            callable from training progress (0.0 at the first step, towards 1.0) to a coefficient; a
-            sequence of either, one per param group; None for each group's own weight decay, read
-            afresh at every step; where several optimizers differ, a dict from the optimizer's index
-            to any of these. With a single number or schedule, a group whose own weight decay is 0
-            while another's is not does not decay.
-        scale_by: How much of ``wd`` one step takes: ``"lr"``: ``lr * wd``. ``"lr_ratio"``:
-            ``lr / lr_max * wd``. ``"lr_squared"``: ``lr**2 / lr_max * wd``. ``"none"``: ``wd``. Or
-            a callable from the param group to the number that replaces ``lr``, or a sequence of
-            these, one per group.
-        max_lr: ``lr_max`` of the above, above 0, a number or one per group. None: the group's
-            ``max_lr``, else its ``initial_lr``, else its ``lr``, when training starts.
+        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
+            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
+            param group; a mapping from parameters to these, such as ``{"head.*": 0.1, "*": 0.01}``,
+            with keys as in ``exclude``, of which the first match counts; None for each group's own
+            weight decay, read at every step; or a mapping from the optimizer's index to any of
+            these but a mapping. A group whose own weight decay is 0 while another's is not does not
+            decay, unless ``wd`` is a sequence.
+        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+            ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
+            the param group to a number, or a sequence of these, one per group.
+        max_lr: The peak learning rate, above 0, a number or one per group. None: that of the
+            scheduler (CyclicLR, OneCycleLR), else the group's ``initial_lr``, else its ``lr`` when
+            training starts.
         exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
-            ``"embedding"``, ``"marked"`` (``p._no_weight_decay``, or named by a module's
-            ``no_weight_decay()``), a glob on the full parameter name, a module type or its dotted
-            path, or a predicate ``(name, parameter) -> bool``.
-        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
-            they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step.
-        verbose: Whether ``describe()`` is printed when training starts, on rank zero.
+            ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
+            (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
+            full parameter name, a module type or its dotted path, or a predicate
+            ``(name, parameter) -> bool``.
+        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
+            before its first update. Or a mapping from parameter name to tensor, such as a
+            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, only elements decay that the update moves towards the anchor as well
+            (arXiv 2510.12402).
+        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
+            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+        verbose: If True, print ``describe()`` when training starts, on rank zero.
         optimizers: The index or indices of the Trainer's optimizers to act on; None for all.
 
     Raises:
-        TypeError, ValueError: An argument makes no sense or, when training starts, does not fit the
-            optimizers or the Trainer; at a step and before a weight has changed, where a
-            coefficient is negative, NaN or infinite, or a shrink 1 or more.
+        TypeError, ValueError: An argument is invalid or, when training starts, does not fit the
+            optimizers or the Trainer. At a step and before a weight has changed: a coefficient is
+            negative, NaN or infinite, or a shrink 1 or more.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -253,157 +294,251 @@ class DecoupledWD(*_callbacks()):  # type: ignore[misc]
 
     def __init__(
         self,
-        wd: Mapping[int, Coefficients] | Coefficients = None,
+        wd: Mapping[int, Coefficients] | Coefficients | Mapping[str, float | Schedule] = None,
         *,
         scale_by: Word | Sequence[Word | Scale] | Scale = "lr",
         max_lr: float | Sequence[float] | None = None,
         exclude: Named | Collection[Named | Predicate] | Predicate = (),
+        anchor: Literal["initial"] | Mapping[str, Tensor] | None = None,
+        cautious: bool = False,
         quantum: float | None = None,
         verbose: bool = False,
         optimizers: int | Sequence[int] | None = None,
     ) -> None:
-        self.arguments = Arguments(
-            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
-        )
+        self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
         self.optimizers = _indices(optimizers)
-        self._attached: dict[int, _Attached] = {}
+        self._decays: dict[int, _Optimizer] = {}
         self._loaded: dict[int, Any] = {}
+        self._trainer: Any = None  # a weak reference
 
     @property
     def coefficients(self) -> dict[int, list[float]]:
-        """The coefficient of each param group at the last step, by the index of the optimizer."""
-        return {index: decay.coefficients for index, decay in self._attached.items()}
+        """The coefficients at the last step, by optimizer index: one per row of ``describe()``."""
+        return {index: each.attached.decay.coefficients for index, each in self._decays.items()}
 
-    def describe(self) -> Description:
-        """A table of what the decay does to each param group; ``print`` shows it.
+    def describe(self, parameters: bool = False) -> Description:
+        """Return a table of what the decay does; ``print`` shows it.
 
-        The coefficients are those of the last step, before the first one those at progress 0.
+        The coefficients are those of the last step; before the first one, those at progress 0.
+
+        Args:
+            parameters: If False, a row per param group (and key of ``wd``). If True, a row per
+                parameter: whether it decays and, if not, why.
 
         Raises:
-            ValueError: No training has started.
+            ValueError: No training has started, or its optimizers are gone.
         """
-        if not self._attached:
+        if not self._decays:
             raise ValueError("there is nothing to describe before training has started")
-        several = len(self._attached) > 1
+        several = len(self._decays) > 1
         return Description(
             row
-            for index, decay in self._attached.items()
-            for row in decay.describe(f"{index}/" if several else "")
+            for index, each in self._decays.items()
+            for row in each.attached.describe(f"{index}/" if several else "", parameters)
         )
 
     @property
     def state_key(self) -> str:
-        """The same for callbacks that act on the same optimizers."""
+        """The same for callbacks that act on the same optimizers.
+
+        Raises:
+            ValueError: A Trainer has two of these.
+        """
+        caller = sys._getframe(1)  # in place of Lightning's own error, which does not name these
+        if caller.f_code.co_name == "_validate_callbacks_list":
+            others = [cb for cb in caller.f_locals["callbacks"] if isinstance(cb, _CLASS)]
+            if sum(cb.optimizers == self.optimizers for cb in others) > 1:
+                raise ValueError(
+                    "this Trainer has two DecoupledWD for the same optimizers, which decay twice: "
+                    "merge them, or give each its own optimizers="
+                )
         return str(self._generate_state_key(optimizers=self.optimizers))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Starts afresh, and notes the length before StochasticWeightAveraging adds to it."""
-        if stage == "fit":
-            self._max_epochs = trainer.max_epochs
-            self._attached, self._loaded = {}, {}
+        """Start afresh, and note the length before StochasticWeightAveraging adds to it."""
+        if stage != "fit":
+            return
+        if self._is_busy_elsewhere(trainer):
+            raise ValueError(
+                "this DecoupledWD is in the middle of another Trainer's fit: give each Trainer a "
+                "DecoupledWD of its own"
+            )
+        self.detach()
+        self._max_epochs, self._trainer = trainer.max_epochs, weakref.ref(trainer)
+        self._decays, self._loaded = {}, {}
+
+    def _is_busy_elsewhere(self, trainer: Any) -> bool:
+        other = self._trainer and self._trainer()
+        is_attached = any(each.attached.is_attached for each in self._decays.values())
+        return other is not None and other is not trainer and is_attached and other.training
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Tells where the decay begins in a run that did without it so far."""
+        """Warn if the run has done without the decay so far."""
         done = checkpoint["global_step"]
         known = self.state_key in checkpoint.get("callbacks", {})
         if trainer.state.fn == "fit" and done and not known:
             rank_zero_warn(
-                f"the checkpoint holds no state of this DecoupledWD: its decay begins here, after "
-                f"{done} steps, with nothing owed"
+                f"the checkpoint has no state of this DecoupledWD: it was saved after {done} steps "
+                f"without it, and the decay starts with the next step"
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attaches to the optimizers, whose state and learning rates are final now."""
+        """Attach to the optimizers, whose states and learning rates are final now."""
         count = len(trainer.optimizers)
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
             raise ValueError(f"optimizers={indices!r}, but the Trainer has {count} optimizers")
         if not isinstance(self._loaded, Mapping) or not set(self._loaded) <= set(indices):
             raise ValueError(
-                f"{NO_STATE} of the optimizers {list(indices)}: {reprlib.repr(self._loaded)}"
+                f"{NOT_A_STATE} for the optimizers {list(indices)}: {reprlib.repr(self._loaded)}"
             )
         run = _Run(trainer, self._max_epochs, pl_module.automatic_optimization)
-        if self.arguments.scheduled and not run.is_finite():
+        if self.config.is_scheduled and not run.is_finite():
             raise ValueError(
                 "wd is a schedule, which needs the length of the run, and this one has none: give "
                 "the Trainer max_epochs with limit_train_batches or a loader that has a length, or "
                 "max_steps"
             )
         self._run = run
-        for index in indices:
-            arguments = self.arguments.of_optimizer(index, list(indices))
-            decay = _Attached(trainer.optimizers[index], arguments, run, pl_module)
-            self._attached[index] = decay
+        configs = [self.config.of_optimizer(index, list(indices)) for index in indices]
+        self._selection = Selection(
+            self.config.exclude, configs[0].keys if configs else (), pl_module, rank_zero_warn
+        )
+        for index, config in zip(indices, configs):
+            self._decays[index] = self._attach(trainer, index, config, _Position())
             if index in self._loaded:
-                decay.load_state_dict(self._loaded[index])
+                self._decays[index].load_state_dict(self._loaded[index], run)
         self._loaded = {}
-        if self.arguments.verbose:
+        if self.config.verbose:
             rank_zero_only(print)(self.describe())
+
+    def _attach(self, trainer: Any, index: int, config: Config, position: _Position) -> _Optimizer:
+        optimizer = trainer.optimizers[index]
+        setup = Setup(
+            config,
+            self._selection,
+            self._run.as_run(),
+            max_lrs=_max_lrs(trainer, optimizer),
+            warn=rank_zero_warn,
+        )
+        attached = attach(optimizer, setup, position, on_divergence=_EndSearch(trainer))
+        return _Optimizer(attached, position)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes where in the run the steps of this batch are made."""
+        """Note where in the run the steps of this batch are made."""
         self._run.start_batch(trainer)
-        for decay in self._attached.values():
-            decay.start_batch()
+        optimizers = trainer.optimizers
+        for index, each in self._decays.items():
+            if not each.attached.is_of(unwrapped(optimizers[index])):
+                each = self._decays[index] = self._attach_anew(trainer, index, each)
+            each.start_batch(self._run)
+
+    def _attach_anew(self, trainer: Any, index: int, old: _Optimizer) -> _Optimizer:
+        """Attach to an optimizer that has replaced another one during the run."""
+        config = self.config.of_optimizer(index, list(self._decays))
+        new = self._attach(trainer, index, config, old.position)
+        new.attached.inherit(old.attached)
+        old.attached.detach()
+        return new
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Notes an attempt to step, also one that the gradient scaler will skip."""
-        for decay in self._attached.values():
-            if decay.optimizer is plain.unwrapped(optimizer):
-                decay.has_attempted = True
+        """Note an attempt to step, also one that the gradient scaler will skip."""
+        for each in self._decays.values():
+            if each.attached.is_of(unwrapped(optimizer)):
+                each.is_skipped = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the coefficients of the last steps, at the Trainer's interval and once each."""
-        news = {index: decay for index, decay in self._attached.items() if decay.has_news}
+        """Log the coefficients of the last steps, at the Trainer's interval and once each."""
+        news = {index: each for index, each in self._decays.items() if each.has_news}
         if not (news and trainer.is_global_zero and trainer.loggers):
             return
         # The Trainer counts those batches that end a window of accumulation.
         is_due = trainer._logger_connector.should_update_logs
-        if is_due and not trainer.fit_loop._should_accumulate():
-            names = _names(trainer)
-            metrics = {
-                name: coefficient
-                for index, decay in news.items()
-                for name, coefficient in zip(names[index], decay.coefficients)
-            }
-            for decay in news.values():
-                decay.has_news = False
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if not is_due or trainer.fit_loop._should_accumulate():
+            return
+        names = _names(trainer)
+        metrics: dict[str, float] = {}
+        for index, each in news.items():
+            decay = each.attached.decay
+            each.steps_logged = decay.steps
+            for rule, coefficient in zip(decay.layout.rules, decay.coefficients):
+                name = names[index][rule.group]
+                metrics[name if rule.key is None else f"{name}/{rule.key}"] = coefficient
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leaves the optimizers as the user configured them."""
+        """Leave the optimizers as the user configured them."""
         self.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leaves the optimizers as the user configured them."""
+        """Leave the optimizers as the user configured them."""
         self.detach()
 
     def detach(self) -> None:
-        """Takes the decay off the optimizers; checkpoints that follow still hold its state."""
-        for decay in self._attached.values():
-            decay.detach()
+        """Remove the decay from the optimizers; checkpoints that follow still hold its state."""
+        for each in self._decays.values():
+            each.attached.detach()
 
     def state_dict(self) -> dict[Any, Any]:
-        """What the decays need to go on, as plain numbers, by the optimizer's index."""
-        return self._loaded or {i: decay.state_dict() for i, decay in self._attached.items()}
+        """Return what the decays need to go on, as plain numbers, by the optimizer's index."""
+        decays = self._decays.items()
+        return self._loaded or {index: each.state_dict(self._run) for index, each in decays}
 
     def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
-        """Keeps the state until training starts, when the optimizers are there."""
-        if any(decay.is_attached for decay in self._attached.values()):
-            for index, decay in self._attached.items():  # LearningRateFinder has ended its trial
-                decay.load_state_dict(state_dict[index])
+        """Keep the state until training starts, when the optimizers are there."""
+        if any(each.attached.is_attached for each in self._decays.values()):
+            for index, each in self._decays.items():  # LearningRateFinder has ended its search
+                each.load_state_dict(state_dict[index], self._run)
         else:
             self._loaded = state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
-        own = {"arguments": self.arguments, "optimizers": self.optimizers}
-        return {**own, "_attached": {}, "_loaded": {}}
+        own = {"config": self.config, "optimizers": self.optimizers}
+        return {**own, "_decays": {}, "_loaded": {}, "_trainer": None}
+
+
+# Out of the module's names, so that each import asks `__getattr__`.
+_CLASS: Any = globals().pop("DecoupledWD")
+
+
+def __getattr__(name: str) -> Any:
+    """Return DecoupledWD, as a callback also of a Lightning package that was imported since."""
+    if name != "DecoupledWD":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for package in PACKAGES:
+        base = getattr(sys.modules.get(package), "Callback", None)
+        if base is not None and not issubclass(_CLASS, base):
+            _CLASS.__bases__ += (base,)
+    return _CLASS
+
+
+class _EndSearch:
+    """Ends the Trainer's search for a learning rate, which has reached one that diverges."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer: Any = weakref.ref(trainer)
+
+    def __call__(self) -> bool:
+        """Return False if there is no search."""
+        trainer = self._trainer()
+        is_search = any(type(cb).__name__ == "_LRCallback" for cb in trainer.callbacks)
+        if is_search:
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step  # as its own divergence
+        return is_search
+
+
+def _max_lrs(trainer: Any, optimizer: Any) -> list[float]:
+    """Return the peak learning rates of a scheduler that knows them, such as CyclicLR."""
+    for config in trainer.lr_scheduler_configs:
+        if getattr(config.scheduler, "optimizer", None) is optimizer:
+            return list(getattr(config.scheduler, "max_lrs", []))
+    return []
 
 
 def _names(trainer: Any) -> list[list[str]]:

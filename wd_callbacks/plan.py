@@ -1,4 +1,4 @@
-"""One picture of a planned run, without training: what the decay will do, step by step."""
+"""A picture and the numbers of a planned run, without training it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wd_callbacks.arguments import Arguments
-from wd_callbacks.checks import check_count, number
-from wd_callbacks.decay import Decay
+from wd_callbacks.core.checks import check_count, number
+from wd_callbacks.core.config import Config
+from wd_callbacks.core.rules import GroupState, make_rule
 from wd_callbacks.schedules import Run
 
 if TYPE_CHECKING:
@@ -17,19 +17,28 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """A planned run, one value per step.
+    """A planned run, one value per step; ``print`` shows its first, middle and last step.
 
     Attributes:
         coefficients: The ``wd`` in force.
         lrs: The learning rate.
-        shrinks: What the step takes from the weights.
-        left: How much of the weights of the first step is left after it.
+        shrinks: What the step subtracts from the weights, as a fraction of them.
+        left: What is left of the weights of the first step after it, as a fraction of them.
     """
 
     coefficients: list[float]
     lrs: list[float]
     shrinks: list[float]
     left: list[float]
+
+    def __repr__(self) -> str:
+        """Show a few steps."""
+        last = len(self.lrs) - 1
+        lines = [f"{'step':>8}  {'wd':>10}  {'lr':>10}  {'shrink':>10}  {'left':>8}"]
+        for i in sorted({0, last // 2, last}):
+            wd, lr, shrink, left = (values[i] for values in self)
+            lines.append(f"{i:>8}  {wd:>10.4g}  {lr:>10.4g}  {shrink:>10.4g}  {left:>8.2%}")
+        return "\n".join(lines)
 
 
 def plan(
@@ -41,14 +50,14 @@ def plan(
     max_lr: float | None = None,
     steps_per_epoch: float | None = None,
 ) -> Plan:
-    """What ``DecoupledWD(wd, scale_by=scale_by, max_lr=max_lr)`` will do to a param group.
+    """Return what ``DecoupledWD(wd, scale_by=scale_by, max_lr=max_lr)`` will do to a param group.
 
     Args:
         wd: A coefficient of at least 0, or a schedule.
-        lr: The learning rate, or a callable from training progress to it, such as fastai's
-            ``combined_cos(0.25, 4e-4, 1e-2, 1e-7)``.
+        lr: The learning rate, or a callable from training progress in [0, 1] to it, such as
+            fastai's ``combined_cos(0.25, 4e-4, 1e-2, 1e-7)``.
         steps: Optimizer steps of the run, at least 1.
-        scale_by: As for ``DecoupledWD``; a callable is given the group ``{"lr": ...}``.
+        scale_by: As for ``DecoupledWD``; a callable gets the group ``{"lr": ...}``.
         max_lr: As for ``DecoupledWD``; None for the maximum of ``lr``.
         steps_per_epoch: Optimizer steps of an epoch, for ``Timescale(epochs=...)``.
 
@@ -56,7 +65,7 @@ def plan(
         The values of every step.
 
     Raises:
-        TypeError, ValueError: An argument or what it gives at a step makes no sense.
+        TypeError, ValueError: An argument is invalid, or its value at a step.
 
     Example:
         >>> planned = plan(0.5, lr=0.1, steps=2)
@@ -65,19 +74,20 @@ def plan(
     """
     check_count("steps", steps)
     lrs = [number(lr(i / steps) if callable(lr) else lr, "lr") for i in range(steps)]
-    arguments = Arguments(wd, scale_by, max_lr=max(lrs) if max_lr is None else max_lr)
-    decay = Decay(arguments, run=Run(steps, steps_per_epoch))
-    rows = [decay.preview([{"params": [], "lr": lr}], i / steps)[0] for i, lr in enumerate(lrs)]
-    shrinks = [shrink for _, shrink in rows]
+    config = Config(wd, scale_by, max_lr=max(lrs) if max_lr is None else max_lr)
+    state = GroupState(float(config.max_lr), is_guess=False, no_decay=False)
+    rule = make_rule(config, Run(steps, steps_per_epoch), 0, state, key=None)
+    rows = [rule.shrink({"params": [], "lr": lr}, i / steps) for i, lr in enumerate(lrs)]
+    shrinks = [float(shrink.amount) for shrink in rows]
     left = [math.exp(log) for log in accumulate(math.log1p(-shrink) for shrink in shrinks)]
-    return Plan([coefficient for coefficient, _ in rows], lrs, shrinks, left)
+    return Plan([shrink.coefficient for shrink in rows], lrs, shrinks, left)
 
 
 def plot_plan(*args: Any, **kwargs: Any) -> Figure:
-    """Draws ``plan(*args, **kwargs)``: coefficient, lr, shrink, timescale and what is left.
+    """Draw ``plan(*args, **kwargs)``: coefficient, lr, shrink, timescale and what is left.
 
     Returns:
-        A matplotlib figure.
+        The figure of ``matplotlib.pyplot``, which is also its current one.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -89,10 +99,10 @@ def plot_plan(*args: Any, **kwargs: Any) -> Figure:
         >>> [ax.get_ylabel() for ax in figure.axes]
         ['wd', 'lr', 'shrink per step', 'timescale, steps', 'weights left']
     """
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot
 
     planned = plan(*args, **kwargs)
-    figure = Figure(figsize=(7, 9), layout="constrained")
+    figure = pyplot.figure(figsize=(7, 9), layout="constrained")
     panels: Sequence[tuple[str, Sequence[float]]] = [
         ("wd", planned.coefficients),
         ("lr", planned.lrs),

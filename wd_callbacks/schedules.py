@@ -1,6 +1,6 @@
 """Schedules: pure functions from training progress to a weight decay coefficient.
 
-Progress is 0.0 at the first step and goes towards 1.0; outside of that a schedule keeps the value
+Progress is 0.0 at the first step and goes towards 1.0; outside of [0, 1] a schedule keeps the value
 of the nearer end. Each class is a frozen dataclass: callable, printable so that its ``repr`` builds
 it again, comparable, picklable, and writable in a YAML config. Any other callable from progress to
 a coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a lambda.
@@ -18,7 +18,20 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from wd_callbacks.checks import as_float, check_count, check_number
+from wd_callbacks.core.checks import as_float, check_count, check_number
+
+__all__ = [
+    "Cosine",
+    "Exponential",
+    "Join",
+    "Linear",
+    "Normalized",
+    "Polynomial",
+    "Restarts",
+    "Schedule",
+    "Steps",
+    "Timescale",
+]
 
 Schedule = Callable[[float], float]
 
@@ -32,7 +45,7 @@ class Linear:
         end: Coefficient at progress 1, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A value is no such number; the message names it.
+        TypeError, ValueError: A value is not such a number; the message names it.
 
     Example:
         >>> schedule = Linear(0.04, 0.4)
@@ -47,7 +60,7 @@ class Linear:
         _check(self, "start", "end")
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         return _between(self.start, self.end, _clamped(progress))
 
 
@@ -60,7 +73,7 @@ class Cosine:
         end: Coefficient at progress 1, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A value is no such number; the message names it.
+        TypeError, ValueError: A value is not such a number; the message names it.
 
     Example:
         >>> schedule = Cosine(0.25, 0)
@@ -75,7 +88,7 @@ class Cosine:
         _check(self, "start", "end")
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         return _between(self.start, self.end, (1 - math.cos(math.pi * _clamped(progress))) / 2)
 
 
@@ -88,7 +101,7 @@ class Exponential:
         end: Coefficient at progress 1, finite and above 0.
 
     Raises:
-        TypeError, ValueError: A value is no such number; the message names it.
+        TypeError, ValueError: A value is not such a number; the message names it.
 
     Example:
         >>> schedule = Exponential(0.25, 0.0625)
@@ -103,7 +116,7 @@ class Exponential:
         _check(self, "start", "end", above=0)
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         progress = _clamped(progress)
         value = self.start ** (1 - progress) * self.end**progress
         return _limited(value, self.start, self.end)
@@ -119,7 +132,7 @@ class Polynomial:
         power: Exponent, finite and above 0.
 
     Raises:
-        TypeError, ValueError: A value is no such number; the message names it.
+        TypeError, ValueError: A value is not such a number; the message names it.
 
     Example:
         >>> schedule = Polynomial(1, 0, 2)
@@ -136,7 +149,7 @@ class Polynomial:
         _check(self, "power", above=0)
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         return _between(self.start, self.end, _clamped(progress) ** self.power)
 
 
@@ -149,7 +162,7 @@ class Steps:
             the coefficient, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A key or a value is no such number; the message names it.
+        TypeError, ValueError: A key or a value is not such a number; the message names it.
 
     Example:
         >>> schedule = Steps({0.0: 0.1, 0.5: 0.01})
@@ -172,7 +185,7 @@ class Steps:
         object.__setattr__(self, "values", dict(sorted(self.values.items())))
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         begun = max(begin for begin in self.values if begin <= _clamped(progress) + TOLERANCE)
         return float(self.values[begun])
 
@@ -186,7 +199,7 @@ class Join:
             schedule sees the progress within its piece, which begins where the one before ends.
 
     Raises:
-        TypeError, ValueError: A piece is no such pair, or the fractions do not add up to 1.
+        TypeError, ValueError: A piece is not such a pair, or the fractions do not add up to 1.
 
     Example:
         >>> schedule = Join([(0.25, Linear(0, 0.1)), (0.75, Linear(0.1, 0.4))])
@@ -213,7 +226,7 @@ class Join:
         object.__setattr__(self, "pieces", tuple(pieces))
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         progress = _clamped(progress)
         ends = list(accumulate(fraction for fraction, _ in self.pieces[:-1]))
         index = sum(progress >= end - TOLERANCE for end in ends)
@@ -221,22 +234,22 @@ class Join:
         return schedule(_clamped((progress - [0.0, *ends][index]) / fraction))
 
     def resolved(self, run: Run) -> Join:
-        """With its pieces resolved, which see the steps of the whole run."""
+        """Return it with its pieces resolved, which see the steps of the whole run."""
         parts = [replace(run, part=run.part * fraction) for fraction, _ in self.pieces]
         return Join([(f, resolved(s, part)) for (f, s), part in zip(self.pieces, parts)])
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """A schedule that starts again, as the warm restarts of arXiv 1608.03983 and 1711.05101.
+    """A schedule that starts again, as the warm restarts of arXiv 1608.03983 and 1711.05101 do.
 
     Args:
-        schedule: What each cycle follows from its start to its end.
+        schedule: The schedule of each cycle.
         cycles: Number of cycles, at least 1.
-        mult: How many times as long as the one before a cycle is, finite and above 0.
+        mult: Length of a cycle relative to the one before, finite and above 0.
 
     Raises:
-        TypeError, ValueError: An argument is no such thing; the message names it.
+        TypeError, ValueError: An argument is invalid; the message names it.
 
     Example:
         >>> schedule = Restarts(Linear(0.1, 0.3), cycles=2, mult=3)
@@ -261,11 +274,11 @@ class Restarts:
         object.__setattr__(self, "cycles", int(self.cycles))
 
     def __call__(self, progress: float) -> float:
-        """The coefficient at ``progress``."""
+        """Return the coefficient at ``progress``."""
         return Join([(fraction, self.schedule) for fraction in self._fractions()])(progress)
 
     def resolved(self, run: Run) -> Join:
-        """With its cycles resolved, each of which sees its own steps."""
+        """Return it with its cycles resolved, each of which sees its own steps."""
         parts = [run.part * fraction for fraction in self._fractions()]
         runs = [
             replace(run, part=part, cycle_steps=None if run.steps is None else run.steps * part)
@@ -280,33 +293,33 @@ class Restarts:
 
 @dataclass(frozen=True)
 class Run:
-    """What ``Normalized`` and ``Timescale`` need to know when training starts.
+    """The run, as ``Normalized`` and ``Timescale`` need it when training starts.
 
     Attributes:
-        steps: Optimizer steps of the run; None where they are not known.
-        steps_per_epoch: Optimizer steps of an epoch; None where that is not known.
-        peak: What ``scale_by`` makes of the param group's peak learning rate; None where it is a
-            callable.
+        steps: Optimizer steps of the run; None if it is not known.
+        steps_per_epoch: Optimizer steps of an epoch; None if it is not known.
+        peak_scale: The scale (see ``scale_by``) at the param group's peak learning rate; None if
+            it is not known.
         part: The fraction of the run that the schedule covers.
-        cycle_steps: Optimizer steps of the cycle, inside of ``Restarts``.
+        cycle_steps: Optimizer steps of the cycle, inside ``Restarts``.
     """
 
     steps: float | None = None
     steps_per_epoch: float | None = None
-    peak: float | None = None
+    peak_scale: float | None = None
     part: float = 1.0
     cycle_steps: float | None = None
 
 
 class _Resolvable:
-    """A coefficient that is known when training starts and its length is."""
+    """A coefficient that is known once training starts."""
 
     def __call__(self, progress: float) -> float:
-        """Raises TypeError: there is no value before training starts."""
+        """Raise TypeError: there is no value before training starts."""
         raise TypeError(f"{self!r} has no value before it is resolved, when training starts")
 
     def resolved(self, run: Run) -> Linear:
-        """The coefficient in ``run``, as a schedule that keeps it."""
+        """Return the coefficient in ``run``, as a constant schedule."""
         raise NotImplementedError
 
 
@@ -315,13 +328,13 @@ class Normalized(_Resolvable):
     """``wd_norm / sqrt(steps)``, so that one value suits runs of any length.
 
     This is the paper's ``wd_norm * sqrt(b / (B * T))`` for ``B * T / b`` steps (arXiv 1711.05101,
-    appendix B.1). Inside of ``Restarts`` the steps are those of each cycle, else of the run.
+    appendix B.1). The steps are those of the run, or of each cycle inside ``Restarts``.
 
     Args:
         wd_norm: Normalized coefficient, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: It is no such number.
+        TypeError, ValueError: It is not such a number.
 
     Example:
         >>> Normalized(0.5).resolved(Run(steps=100))(0)
@@ -334,7 +347,7 @@ class Normalized(_Resolvable):
         _check(self, "wd_norm")
 
     def resolved(self, run: Run) -> Linear:
-        """The coefficient in ``run``, as a schedule that keeps it."""
+        """Return the coefficient in ``run``, as a constant schedule."""
         steps = run.steps if run.cycle_steps is None else run.cycle_steps
         if steps is None:
             raise ValueError(
@@ -360,7 +373,7 @@ class Timescale(_Resolvable):
             starts, ``scale_by`` is a callable, or the steps of an epoch are not known.
 
     Example:
-        >>> Timescale(epochs=4).resolved(Run(steps=100, steps_per_epoch=25, peak=0.1))(0)
+        >>> Timescale(epochs=4).resolved(Run(steps=100, steps_per_epoch=25, peak_scale=0.1))(0)
         0.1
     """
 
@@ -373,12 +386,18 @@ class Timescale(_Resolvable):
         name, least = ("steps", 1) if self.epochs is None else ("epochs", 0)
         _check(self, name, above=least)
 
+    def __repr__(self) -> str:
+        """Show the argument that was given."""
+        if self.epochs is None:
+            return f"Timescale(steps={self.steps!r})"
+        return f"Timescale(epochs={self.epochs!r})"
+
     def resolved(self, run: Run) -> Linear:
-        """The coefficient in ``run``, as a schedule that keeps it."""
-        if run.peak is None:
+        """Return the coefficient in ``run``, as a constant schedule."""
+        if run.peak_scale is None:
             raise ValueError(
-                f"{self!r} needs the peak of what scale_by takes of it, which is not known: give "
-                f"max_lr, and no callable"
+                f"{self!r} needs the peak learning rate, which is not known: give max_lr; with a "
+                f"callable scale_by, give wd a number"
             )
         steps = self.steps
         if self.epochs is not None:
@@ -390,11 +409,20 @@ class Timescale(_Resolvable):
             steps = self.epochs * run.steps_per_epoch
             check_number(f"Timescale: the steps of {self.epochs!r} epochs", steps, above=1)
         assert steps is not None
-        return _constant(1 / (steps * run.peak))
+        return _constant(1 / (steps * run.peak_scale))
+
+
+def needs_max_lr(schedule: Any) -> bool:
+    """Return True if ``schedule`` is, or holds, one that depends on the peak learning rate."""
+    if isinstance(schedule, Join):
+        return any(needs_max_lr(piece) for _, piece in schedule.pieces)
+    if isinstance(schedule, Restarts):
+        return needs_max_lr(schedule.schedule)
+    return isinstance(schedule, Timescale)
 
 
 def resolved(schedule: Schedule, run: Run) -> Schedule:
-    """``schedule`` with everything in it known that depends on the run."""
+    """Return ``schedule`` with everything in it known that depends on the run."""
     resolve = getattr(schedule, "resolved", None)
     return schedule if resolve is None else resolve(run)
 
@@ -414,12 +442,12 @@ def _clamped(progress: float) -> float:
 
 
 def _between(start: float, end: float, weight: float) -> float:
-    """From ``start`` to ``end``, both exact."""
+    """Return a value from ``start`` to ``end``; both ends are exact."""
     return _limited(start * (1 - weight) + end * weight, start, end)
 
 
 def _limited(value: float, *ends: float) -> float:
-    """``value``, which rounding may have carried past one of the ``ends``."""
+    """Return ``value`` within ``ends``, past which rounding may have carried it."""
     return float(min(max(value, min(ends)), max(ends)))
 
 

@@ -2,74 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from wd_callbacks import probe
-from wd_callbacks.arguments import Arguments, Group
-from wd_callbacks.checks import check_count, check_state, is_count, number
-from wd_callbacks.decay import Decay
-from wd_callbacks.description import Description
+from wd_callbacks.core.adapter import Adapter
+from wd_callbacks.core.attach import Attached, Progress, attach, check_unattached, checked
+from wd_callbacks.core.checks import check_count, number
+from wd_callbacks.core.config import Config
+from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.layout import Setup
+from wd_callbacks.core.selection import Selection
+from wd_callbacks.core.state import changes, check_entries, is_count
+from wd_callbacks.core.table import Description
 from wd_callbacks.schedules import Run
-from wd_callbacks.selection import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DYNAMO = ("torch._compile", "torch._dynamo.eval_frame")  # where torch.compile leaves hooks alone
-STATE_SETUP = "torch.distributed.checkpoint.state_dict"  # steps with gradients and lr of 0
-WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
+class DecoupledWD(Adapter):
+    """Decays the weights of ``optimizer`` at its every step, until ``detach``.
 
-class DecoupledWD:
-    """Decays the weights of ``optimizer`` at its every step, from when it is built to ``detach``.
-
-    On every step each weight with a gradient is multiplied by ``1 - lr * wd`` right before its
-    update, and the optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
-    https://arxiv.org/abs/1711.05101, Algorithm 2). Adam with it is ``torch.optim.AdamW`` to the
-    bit. Outside ``optimizer.step`` the param groups hold what they held.
+    Right before its update each weight with a gradient is multiplied by ``1 - lr * wd``, and the
+    optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
+    https://arxiv.org/abs/1711.05101, Algorithm 2). With ``quantum=0``, Adam with it equals
+    ``torch.optim.AdamW`` to the bit. Outside of ``optimizer.step`` the param groups hold what you
+    set.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, also wrapped by Lightning, Fabric or Accelerate.
-        wd: The coefficient, at least 0: a number for every param group; a schedule, that is a
-            callable from training progress (0.0 at the first step, towards 1.0) to a coefficient; a
-            sequence of either, one per param group; None for each group's own weight decay, read
-            afresh at every step. With a single number or schedule, a group whose own weight decay
-            is 0 while another's is not does not decay.
-        scale_by: How much of ``wd`` one step takes: ``"lr"``: ``lr * wd``. ``"lr_ratio"``:
-            ``lr / lr_max * wd``. ``"lr_squared"``: ``lr**2 / lr_max * wd``. ``"none"``: ``wd``. Or
-            a callable from the param group to the number that replaces ``lr``, or a sequence of
-            these, one per group.
-        max_lr: ``lr_max`` of the above, above 0, a number or one per group. None: the group's
-            ``max_lr``, else its ``initial_lr``, else its ``lr``, when the first step is made.
+        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
+            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
+            param group; a mapping from parameters to these, such as ``{"head.*": 0.1, "*": 0.01}``,
+            with keys as in ``exclude``, of which the first match counts; or None for each group's
+            own weight decay, read at every step. A group whose own weight decay is 0 while
+            another's is not does not decay, unless ``wd`` is a sequence.
+        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+            ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
+            the param group to a number, or a sequence of these, one per group.
+        max_lr: The peak learning rate, above 0, a number or one per group. None: the group's
+            ``max_lr``, else its ``initial_lr``, else its ``lr`` at the first step or when attached,
+            the larger one.
         exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
-            ``"embedding"``, ``"marked"`` (``p._no_weight_decay``, or named by the model's
-            ``no_weight_decay()``), a glob on the full parameter name, a module type or its dotted
-            path, or a predicate ``(name, parameter) -> bool``. Needs ``model``.
-        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are saved up until
-            they come to this. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: every step,
-            however small.
-        verbose: Whether ``describe()`` is printed at the first step, on rank zero.
-        model: What ``exclude`` takes the names of the parameters from.
-        total_steps: Number of calls of ``optimizer.step`` in the run, for a schedule.
+            ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
+            (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
+            full parameter name, a module type or its dotted path, or a predicate
+            ``(name, parameter) -> bool``. All but ``"vector"`` need ``model``.
+        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
+            before its first update. Or a mapping from parameter name to tensor, such as a
+            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, only elements decay that the update moves towards the anchor as well
+            (arXiv 2510.12402).
+        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
+            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+        verbose: If True, print ``describe()`` at the first step, on rank zero.
+        model: The model that names the parameters.
+        total_steps: Number of calls of ``optimizer.step`` in the run; a schedule needs it.
         steps_per_epoch: Number of them in an epoch, for ``Timescale(epochs=...)``.
-        progress: Gives the training progress in [0, 1], for loops that know it better than by the
-            number of steps.
+        progress: Returns the training progress in [0, 1], for loops that do not count steps.
 
     Raises:
-        TypeError, ValueError: An argument makes no sense, does not fit the optimizer, or the
-            optimizer cannot be decayed from outside. Later, from ``optimizer.step`` and before a
-            weight has changed: a coefficient is negative, NaN or infinite, or a shrink 1 or more.
+        TypeError, ValueError: An argument is invalid or does not fit the optimizer, or decay from
+            outside would be lost on it. Later, from ``optimizer.step`` and before a weight has
+            changed: a coefficient is negative, NaN or infinite, or a shrink 1 or more.
 
     Example:
         >>> import torch
@@ -82,16 +83,16 @@ class DecoupledWD:
         tensor([0.9500, 0.9500])
     """
 
-    _warn: Callable[[str], None] = staticmethod(warnings.warn)
-
     def __init__(
         self,
         optimizer: Optimizer,
         wd: Any = None,
         *,
         scale_by: Any = "lr",
-        max_lr: float | Sequence[float] | None = None,
+        max_lr: Any = None,
         exclude: Any = (),
+        anchor: Any = None,
+        cautious: bool = False,
         quantum: float | None = None,
         verbose: bool = False,
         model: nn.Module | None = None,
@@ -99,71 +100,75 @@ class DecoupledWD:
         steps_per_epoch: int | None = None,
         progress: Callable[[], float] | None = None,
     ) -> None:
-        self.optimizer = unwrapped(optimizer)
-        probe.check_hooks(self.optimizer)
-        check_undecayed(self.optimizer)
-        probe.check_weights(self.optimizer)
+        optimizer = checked(optimizer)
         for name, count in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
             if count is not None:
                 check_count(name, count)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a callable without arguments, got {progress!r}")
-        arguments = Arguments(
-            wd, scale_by, max_lr=max_lr, exclude=exclude, quantum=quantum, verbose=verbose
-        ).of_optimizer(0, [0])
-        if arguments.scheduled and total_steps is None and progress is None:
+        self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
+        if self.config.maps_optimizers:
+            raise TypeError(
+                f"wd maps optimizer indices, got {self.config!r}, but a plain loop attaches one "
+                f"DecoupledWD to each optimizer: give each its own wd"
+            )
+        if self.config.is_scheduled and total_steps is None and progress is None:
             raise ValueError(
                 "wd is a schedule, which needs the length of the run: give total_steps, or progress"
             )
+        if self.config.anchor not in (None, "initial") and model is None:
+            raise ValueError("anchor needs the names of the parameters: give model")
         self.total_steps = None if total_steps is None else int(total_steps)
-        self.steps_per_epoch = steps_per_epoch
         self.progress = progress
-        self._decay = Decay(
-            arguments,
-            run=self._length(),
-            decays=Selection(arguments.exclude, model, self._warn),
-            warn=self._warn,
+        self._owned: Optimizer | None = None  # by a copy
+        setup = Setup(
+            self.config,
+            Selection(self.config.exclude, self.config.keys, model),
+            Run(self.total_steps, steps_per_epoch),
+            least_lrs=[group["lr"] for group in optimizer.param_groups if _is_float(group)],
         )
-        self._decay.check_groups(self._groups())
-        for remark in probe.remarks(self.optimizer, arguments.follows_lr):
-            self._warn(remark)
-        self._has_shown = False  # what verbose=True asks for
-        self._frame: FrameType | None = None
-        self._handles: list[RemovableHandle] = []
-        self._attach()
+        self._attached = attach(optimizer, setup, self._position(), _start, rereads_groups=True)
+
+    def _position(self) -> Progress:
+        return functools.partial(_position, self.total_steps, self.progress)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which is held weakly."""
+        return self._attached.optimizer
 
     @property
     def coefficients(self) -> list[float]:
-        """The coefficient of each param group at the last step."""
-        return self._decay.coefficients
+        """The coefficient at the last step, one per row of ``describe()``."""
+        return self._attached.decay.coefficients
 
     @property
     def steps(self) -> int:
-        """How many steps were made, those before a checkpoint among them."""
-        return self._decay.steps
+        """How many steps were made, those before a checkpoint included."""
+        return self._attached.decay.steps
 
     @property
     def is_attached(self) -> bool:
         """Whether the optimizer's steps decay."""
-        return bool(self._handles)
+        return self._attached.is_attached
 
-    def describe(self, label: str = "") -> Description:
-        """A table of what the decay does to each param group; ``print`` shows it.
+    def describe(self, parameters: bool = False) -> Description:
+        """Return a table of what the decay does; ``print`` shows it.
 
-        The coefficients are those of the last step, before the first one those at progress 0.
+        The coefficients are those of the last step; before the first one, those at progress 0.
 
         Args:
-            label: What stands before the index of each group.
+            parameters: If False, a row per param group (and key of ``wd``). If True, a row per
+                parameter: whether it decays and, if not, why.
+
+        Raises:
+            ValueError: The optimizer is gone.
         """
-        return self._decay.describe(self._groups(), label)
+        return self._attached.describe(parameters=parameters)
 
     def detach(self) -> None:
-        """Takes the decay off the optimizer, which is left as the user configured it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._decay.attached = False
-        self._end_step()
+        """Remove the decay from the optimizer, which is left as you configured it."""
+        self._attached.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -171,159 +176,94 @@ class DecoupledWD:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _attach(self) -> None:
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-            self.optimizer.register_state_dict_pre_hook(self._before_state_dict),
-        ]
-        # Post hooks of others find the groups as the user set them.
-        after = self.optimizer._optimizer_step_post_hooks
-        after.move_to_end(self._handles[1].id, last=False)
-
-    # Events of the optimizer, in firing order
-
-    @_disable_dynamo  # traced, a coefficient would be a constant to be compiled anew
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _is_running(self._frame):
-            return None  # `step` called `super().step()`
-        self._frame = _caller()
-        if not optimizer.state and _is_called_from(STATE_SETUP):
-            self._decay.skip(self._groups())
-            return None
-        if not self._has_shown:
-            self._show()
-        found_inf = getattr(optimizer, "found_inf", None)
-        args, kwargs = self._decay.begin(
-            self._groups,
-            self._position,
-            args[1:],
-            kwargs,
-            found_inf if isinstance(found_inf, Tensor) else None,
-        )
-        return (optimizer, *args), kwargs
-
-    @_disable_dynamo
-    def _after_step(self, *_: object) -> None:
-        if _caller() is self._frame:
-            self._frame = None
-            self._decay.end()
-
-    def _before_state_dict(self, _: Optimizer) -> None:
-        if not _is_running(self._frame):
-            self._end_step()
-
-    def _end_step(self) -> None:
-        self._frame = None
-        self._decay.give_back()
-
-    def _show(self) -> None:
-        self._has_shown = True
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._decay.arguments.verbose and not (distributed and torch.distributed.get_rank()):
-            print(self.describe())
-
-    def _groups(self) -> list[Group]:
-        return list(self.optimizer.param_groups)
-
-    def _length(self) -> Run:
-        return Run(self.total_steps, self.steps_per_epoch)
-
-    def _position(self) -> float:
-        """Training progress at the step that is being made."""
-        if self.progress is not None:
-            position = number(self.progress(), "progress()")
-            if not math.isfinite(position):
-                raise ValueError(f"progress() gave {position}, expected a number in [0, 1]")
-            return min(max(position, 0.0), 1.0)
-        return 0.0 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
-
-    # State
-
     def state_dict(self) -> dict[str, Any]:
-        """The position in the schedule, what is owed and ``lr_max``, as plain numbers.
+        """Return the position in the schedule, deferred shrinks and ``max_lr``, as plain numbers.
 
-        Loadable with ``torch.load(..., weights_only=True)``.
-        """
-        return {
-            "steps": self.steps,
-            "total_steps": self.total_steps,
-            **self._decay.state_dict(self._groups()),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where ``state_dict`` was called. Load the optimizer's state first.
-
-        The arguments that this object was built with stay in force; a warning tells those that
-        differ from the saved ones.
+        With ``anchor="initial"`` also the anchors, as tensors. ``torch.load`` reads it with
+        ``weights_only=True``.
 
         Raises:
-            ValueError: It is no such state, or that of other param groups. Nothing is taken then.
+            ValueError: The optimizer is gone.
         """
-        self._take(state)
-        self._decay.tell_changes(state, self._lengths())
+        steps = {"steps": self.steps, "total_steps": self.total_steps}
+        return {**steps, **self._attached.state_dict()}
 
-    def _take(self, state: dict[str, Any]) -> None:
-        """Takes up all of the state, or where something of it is refused, nothing."""
-        check_state(state, steps=is_count, total_steps=lambda _: True)
-        self._decay.load_state_dict(state, self._groups())
-        self._decay.steps = state["steps"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where ``state_dict`` was called. Load the optimizer's state first.
 
-    def _lengths(self) -> dict[str, Any]:
-        """What the state tells of the length of the run that it was saved in."""
-        return {"total_steps": self.total_steps}
+        The arguments of this object stay in force; a warning names those that differ from the
+        saved ones.
+
+        Raises:
+            ValueError: It is not such a state, or of other param groups. Nothing changes then.
+        """
+        check_entries(state, steps=is_count, total_steps=lambda _: True)
+        self._attached.load_state_dict(state)
+        decay = self._attached.decay
+        decay.steps = state["steps"]
+        lengths = {"total_steps": (state["total_steps"], self.total_steps)}
+        for message in changes(decay, state, lengths):
+            decay.warn(message)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies decay the copied optimizer, pickles the unpickled one."""
-        self._before_state_dict(self.optimizer)
-        return {**vars(self), "_frame": None, "_handles": [], "_attached": bool(self._handles)}
+        """Copies decay the copied optimizer, which they hold."""
+        self._attached.settle()
+        own = {k: v for k, v in vars(self).items() if k not in ("_attached", "_owned")}
+        return {
+            **own,
+            "_owned": self.optimizer,
+            "decay": self._attached.decay,
+            "is_attached": self.is_attached,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("_attached")
+        decay, is_attached = state.pop("decay"), state.pop("is_attached")
+        optimizer = state["_owned"]
+        if is_attached:
+            check_unattached(optimizer)  # a shallow copy shares it
         vars(self).update(state)
-        if attached:
-            check_undecayed(self.optimizer)  # a shallow copy shares it
-            self._attach()
+        self._attached = Attached(optimizer, decay, self._position())
+        if not is_attached:
+            self._attached.detach()
 
 
-def check_undecayed(optimizer: Optimizer) -> None:
-    """Raises ValueError where a DecoupledWD is attached to ``optimizer``."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), DecoupledWD) for hook in hooks):
-        raise ValueError(
-            f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "
-            f"decay twice: detach the other one first"
+def _position(total_steps: int | None, progress: Callable[[], float] | None, decay: Decay) -> float:
+    """Return the training progress of the step that is being made."""
+    if progress is not None:
+        position = number(progress(), "progress()")
+        if not math.isfinite(position):
+            raise ValueError(f"progress() returned {position}, expected a number in [0, 1]")
+        return min(max(position, 0.0), 1.0)
+    if total_steps is None:
+        return 0.0
+    if decay.steps >= total_steps:
+        decay.warn(
+            f"the run has made the {total_steps} steps of total_steps and goes on, so that "
+            f"schedules stay at their end: give the number of optimizer steps, not less",
+            once="total_steps",
+        )
+    return min(decay.steps / total_steps, 1.0)
+
+
+def _start(attached: Attached) -> None:
+    """Right before the first step: print the table, and warn of a state that was not loaded."""
+    decay, config = attached.decay, attached.decay.setup.config
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if config.verbose and not (distributed and torch.distributed.get_rank()):
+        print(attached.describe())
+    needs_state = config.anchor == "initial" or (config.is_scheduled and decay.setup.run.steps)
+    if needs_state and decay.steps == 0 and _has_stepped(attached.optimizer):
+        decay.warn(
+            "the optimizer has made steps already, and this DecoupledWD starts anew, at the "
+            "beginning of its schedule and with the present weights as initial ones: to resume, "
+            "call load_state_dict with the saved state of the DecoupledWD"
         )
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    while any(cls.__name__ in WRAPPERS for cls in type(optimizer).__mro__):
-        optimizer = optimizer.optimizer
-    return optimizer
+def _has_stepped(optimizer: Optimizer) -> bool:
+    steps = [values.get("step", 1) for values in optimizer.state.values()]
+    return any(not (isinstance(step, Tensor) and step.is_cpu) or step > 0 for step in steps)
 
 
-def _caller() -> FrameType | None:
-    """The frame that runs the hooks."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in DYNAMO:
-        frame = frame.f_back
-    return frame
-
-
-def _is_running(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is on the call stack: a step that raised is not, and has no end."""
-    caller = sys._getframe(1) if frame is not None else None
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is not None
-
-
-def _is_called_from(module: str) -> bool:
-    """Whether code of ``module`` is on the call stack."""
-    caller = sys._getframe(1) if module in sys.modules else None
-    while caller is not None and caller.f_globals.get("__name__") != module:
-        caller = caller.f_back
-    return caller is not None
+def _is_float(group: Any) -> bool:
+    return type(group.get("lr")) is float

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from processes.common import (
-    IMPORTANT,
+    INNER_WD,
     LR,
     WD,
     batch_of,
@@ -17,11 +16,11 @@ from processes.common import (
     network,
     rank,
     scenario,
+    scenarios,
     three_runs,
     values,
 )
 from processes.fsdp2 import DTensor, Replicate, fully_shard
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.model_averaging import averagers
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,72 +29,102 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 
 from wd_callbacks.torch import DecoupledWD
 
 EXCLUDE = ["bias", "norm", "branch.w*"]
 EXCLUDED = {"trunk.0.bias", "trunk.1.weight", "trunk.1.bias", "branch.weight", "branch.bias"}
 EXCLUDED |= {"head.bias"}
+QUANTUM = 2.5e-3  # against a shrink of 1e-3
 
 
-def sharded() -> nn.Module:
+def sharded(model=None, **settings):
     """The network in three units of FSDP2."""
-    model = network()
+    model = model or network()
     for module in (model.trunk, model.branch, model):
-        fully_shard(module)
+        fully_shard(module, **settings)
     return model
 
 
-def steps(
-    model: nn.Module,
-    optimizer: Any,
-    batches: Any,
-    branch: Any = lambda index: True,
-    of: int | None = None,
-) -> None:
+def steps(model, optimizer, batches=6, branch=lambda index: True, of=None):
     """The plain loop."""
-    for index in batches:
+    for index in range(batches) if isinstance(batches, int) else batches:
         x, y = batch_of(index, of)
         mse_loss(model(x, branch(index)), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
+def split(model, cls, wd, **settings):
+    """An optimizer with the decay in the groups, by the names that an unwrapped model has."""
+    names = [name for name, _ in network().named_parameters()]
+    params = list(model.parameters())
+    assert len(names) == len(params)
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if name in EXCLUDED else wd}
+        for name, p in zip(names, params)
+    ]
+    return cls(groups, **settings)
+
+
+def against_adamw(
+    build, *, train=steps, make=None, quantum=0, exclude=(), check=None, end=None, **settings
+):
+    """Ours, AdamW and neither.
+
+    Args:
+        build: Returns the model.
+        train: The loop, from model and optimizer.
+        make: From parameters, the class and its arguments to the optimizer.
+        quantum: Of the decay.
+        exclude: Of the decay; AdamW has a group without decay for these.
+        check: Called with model and optimizer after training.
+        end: From the model to its whole weights.
+        settings: Arguments of the optimizer.
+    """
+    make = make or (lambda params, cls, **settings: cls(params, **settings))
+    names = []
+
+    def run(cls, wd, decays):
+        model = build()
+        arguments = {"lr": LR, "weight_decay": wd, **settings}
+        if exclude and not decays:
+            optimizer = split(model, partial(make, cls=cls), wd, lr=LR, **settings)
+        else:
+            optimizer = make(model.parameters(), cls=cls, **arguments)
+        if decays:
+            DecoupledWD(optimizer, WD, quantum=quantum, exclude=exclude, model=model)
+        train(model, optimizer)
+        if not exclude:
+            assert optimizer.param_groups[0]["weight_decay"] == wd
+        if check:
+            check(model, optimizer)
+        names[:] = [name for name, _ in model.named_parameters()]
+        return (end or (lambda model: values(model.parameters())))(model)
+
+    return {**three_runs(run), "names": names}
+
+
 # FSDP2
 
 
-def fsdp2(foreach: bool, quantum: float | None) -> dict[str, Any]:
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = sharded()
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd, foreach=foreach)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=quantum)
-        steps(model, optimizer, range(6))
+def fsdp2(**settings):
+    def check(model, _):
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        assert optimizer.param_groups[0]["weight_decay"] == wd
-        return values(model.parameters())
 
     rows = [p.to_local().shape[0] for p in sharded().parameters()]
-    return {**three_runs(train), "rows": rows}
+    return {**against_adamw(sharded, check=check, **settings), "rows": rows}
 
 
-@scenario
-def fsdp2_for_loop() -> Any:
-    return fsdp2(False, 0)
+scenarios(
+    fsdp2_for_loop=lambda: fsdp2(foreach=False),
+    fsdp2_foreach=lambda: fsdp2(foreach=True),
+    fsdp2_by_default=lambda: fsdp2(foreach=False, quantum=None),
+)
 
 
-@scenario
-def fsdp2_foreach() -> Any:
-    return fsdp2(True, 0)
-
-
-@scenario
-def fsdp2_by_default() -> Any:
-    return fsdp2(False, None)
-
-
-def wrapped(compiled: bool = True) -> nn.Module:
+def wrapped(compiled=True):
     """With an activation checkpoint around one module and the compiler around another."""
     model = network()
     model.trunk[0] = checkpoint_wrapper(model.trunk[0])
@@ -104,85 +133,45 @@ def wrapped(compiled: bool = True) -> nn.Module:
     return model
 
 
-def split(model: nn.Module, cls: Any, wd: float, excluded: Any = EXCLUDED, **settings: Any) -> Any:
-    """An optimizer with the decay in the groups, by the names that an unwrapped model has."""
-    names = [name for name, _ in network().named_parameters()]
-    params = list(model.parameters())
-    assert len(names) == len(params)
-    groups = [
-        {"params": [p], "weight_decay": 0.0 if name in excluded else wd}
-        for name, p in zip(names, params)
-    ]
-    return cls(groups, lr=LR, **settings)
-
-
-def excludes(wrap: Any) -> dict[str, Any]:
-    """Against AdamW in which the excluded parameters have a group without decay."""
-
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = wrap()
-        if decays:
-            optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-            DecoupledWD(optimizer, WD, quantum=0, exclude=EXCLUDE, model=model)
-        else:
-            optimizer = split(model, cls, wd)
-        steps(model, optimizer, range(4))
-        return values(model.parameters())
-
-    names = [name for name, _ in wrap().named_parameters()]
-    return {**three_runs(train), "names": names}
+scenarios(
+    fsdp2_excludes=lambda: against_adamw(lambda: sharded(wrapped()), exclude=EXCLUDE),
+    ddp_excludes=lambda: against_adamw(lambda: DistributedDataParallel(wrapped()), exclude=EXCLUDE),
+)
 
 
 @scenario
-def fsdp2_excludes() -> Any:
-    def wrap() -> nn.Module:
-        model = wrapped()
-        for module in (model.trunk, model.branch, model):
-            fully_shard(module)
-        return model
-
-    return excludes(wrap)
-
-
-@scenario
-def ddp_excludes() -> Any:
-    return excludes(lambda: DistributedDataParallel(wrapped()))
-
-
-@scenario
-def compiled_ddp_excludes() -> Any:
+def compiled_ddp_excludes():
     torch._dynamo.config.optimize_ddp = False  # torch 2.4 cannot split what is checkpointed
 
-    def wrap() -> nn.Module:
+    def build():
         return torch.compile(DistributedDataParallel(wrapped(compiled=False)), backend="eager")
 
-    return excludes(wrap)
+    return against_adamw(build, exclude=EXCLUDE)
+
+
+def seldom(index):
+    """The branch is left out now and then, so that what is deferred differs."""
+    return index % 4 != 2
 
 
 @scenario
-def fsdp2_resumed() -> Any:
-    """With debts that differ, as the branch is left out now and then, and are paid now and then."""
-    quantum = 2.5e-3  # against a shrink of 1e-3
-
-    def start() -> Any:
+def fsdp2_resumed():
+    def start():
         model = sharded()
-        optimizer = Adam(model.parameters(), lr=LR, weight_decay=IMPORTANT)
-        return model, optimizer, DecoupledWD(optimizer, WD, quantum=quantum)
-
-    def go_on(model: nn.Module, optimizer: Any, _: Any, batches: Any) -> None:
-        steps(model, optimizer, batches, branch=lambda index: index % 4 != 2)
+        optimizer = Adam(model.parameters(), lr=LR, weight_decay=INNER_WD)
+        return model, optimizer, DecoupledWD(optimizer, WD, quantum=QUANTUM)
 
     parts = start()
-    go_on(*parts, range(8))
+    steps(*parts[:2], range(8), seldom)
     state = copy.deepcopy([part.state_dict() for part in parts])
-    go_on(*parts, range(8, 14))
+    steps(*parts[:2], range(8, 14), seldom)
 
-    def resumed(owed: bool) -> Any:
+    def resumed(with_decay):
         again = start()
         for part, saved in zip(again, state):
-            if owed or not isinstance(part, DecoupledWD):
+            if with_decay or not isinstance(part, DecoupledWD):
                 part.load_state_dict(saved)
-        go_on(*again, range(8, 14))
+        steps(*again[:2], range(8, 14), seldom)
         return values(again[0].parameters())
 
     return {
@@ -195,16 +184,15 @@ def fsdp2_resumed() -> Any:
 
 
 @scenario
-def fsdp2_with_debts() -> Any:
+def fsdp2_deferred():
     """Against a model that is not sharded, where the decay alone changes the weights."""
-    quantum, branch = 2.5e-3, lambda index: index % 4 != 2
 
-    def decayed(model: nn.Module) -> Any:
-        optimizer = Adam(model.parameters(), lr=LR, weight_decay=IMPORTANT)
-        DecoupledWD(optimizer, WD, quantum=quantum)
+    def decayed(model):
+        optimizer = Adam(model.parameters(), lr=LR, weight_decay=INNER_WD)
+        DecoupledWD(optimizer, WD, quantum=QUANTUM)
         for index in range(14):
             x, _ = batch_of(index)
-            (model(x, branch(index)).sum() * 0).backward()
+            (model(x, seldom(index)).sum() * 0).backward()
             optimizer.step()
             optimizer.zero_grad()
         return values(model.parameters())
@@ -214,15 +202,15 @@ def fsdp2_with_debts() -> Any:
 
 
 @scenario
-def fsdp2_beside_plain_tensors() -> Any:
+def fsdp2_beside_plain_tensors():
     """A unit of FSDP2 and parameters that are nowhere sharded, in one param group."""
 
-    def train(cls: Any, wd: float, decays: bool) -> Any:
+    def build():
         model = network()
         fully_shard(model.trunk)
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd, foreach=False)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
+        return model
+
+    def train(model, optimizer):
         for index in range(6):
             x, y = batch_of(index)
             mse_loss(model(x), y).backward()
@@ -231,20 +219,15 @@ def fsdp2_beside_plain_tensors() -> Any:
             optimizer.step()
             optimizer.zero_grad()
         assert {isinstance(p, DTensor) for p in model.parameters()} == {False, True}
-        return values(model.parameters())
 
-    return three_runs(train)
+    return against_adamw(build, train=train, foreach=False)
 
 
 @scenario
-def fsdp2_overflow() -> Any:
-    """What a gradient scaler tells a fused optimizer."""
+def fsdp2_overflow():
+    """What a gradient scaler sets on a fused optimizer."""
 
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = sharded()
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd, fused=True)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
+    def train(model, optimizer):
         for index in range(6):
             x, y = batch_of(index)
             mse_loss(model(x), y).backward()
@@ -252,59 +235,16 @@ def fsdp2_overflow() -> Any:
             optimizer.found_inf = torch.tensor(float(index % 3 == 0))
             optimizer.step()
             optimizer.zero_grad()
-        return values(model.parameters())
 
-    return three_runs(train)
-
-
-@scenario
-def fsdp2_over_several_meshes() -> Any:
-    """As where experts are sharded over other processes than the rest of the model."""
-    whole = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
-    hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = network()
-        fully_shard(model.branch, mesh=hybrid)
-        fully_shard(model, mesh=whole)
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd, foreach=False)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
-        steps(model, optimizer, range(6))
-        return values(model.parameters())
-
-    return three_runs(train)
+    return against_adamw(sharded, train=train, fused=True)
 
 
 @scenario
-def fsdp2_and_tensor_parallel() -> Any:
-    """A layer that is split over the processes, which see the same data, beside others."""
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
-
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = network()
-        by_column = ColwiseParallel(output_layouts=Replicate())
-        parallelize_module(model.branch, mesh["tensor"], by_column)
-        fully_shard(model, mesh=mesh["data"])
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
-        steps(model, optimizer, range(6), of=0)
-        return values(model.parameters())
-
-    return three_runs(train)
-
-
-@scenario
-def fsdp2_grad_scaler() -> Any:
+def fsdp2_grad_scaler():
     """The first gradients overflow, in process 1 alone."""
 
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = sharded()
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd, fused=True)
+    def train(model, optimizer):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
         for index in range(6):
             x, y = batch_of(index)
             loss = mse_loss(model(x), y) * (torch.inf if rank() == 1 and index % 3 == 0 else 1)
@@ -313,104 +253,126 @@ def fsdp2_grad_scaler() -> Any:
             scaler.update()
             optimizer.zero_grad()
         assert scaler.get_scale() == 2.0**18
-        return values(model.parameters())
 
-    return three_runs(train)
+    return against_adamw(sharded, train=train, fused=True)
+
+
+@scenario
+def fsdp2_over_several_meshes():
+    """As where experts are sharded over other processes than the rest of the model."""
+    whole = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+
+    def build():
+        model = network()
+        fully_shard(model.branch, mesh=hybrid)
+        fully_shard(model, mesh=whole)
+        return model
+
+    return against_adamw(build, foreach=False)
+
+
+@scenario
+def fsdp2_and_tensor_parallel():
+    """A layer that is split over the processes, which see the same data, beside others."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+
+    def build():
+        model = network()
+        by_column = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(model.branch, mesh["tensor"], by_column)
+        fully_shard(model, mesh=mesh["data"])
+        return model
+
+    return against_adamw(build, train=partial(steps, of=0))
 
 
 # FSDP1
 
 
-def fsdp1(exclude: Any = (), **settings: Any) -> dict[str, Any]:
-    def train(cls: Any, wd: float, decays: bool) -> Any:
+def flattened(model, **settings):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
+
+
+def fsdp1(exclude=(), **settings):
+    def build():
         model = network()
-        model.trunk = FullyShardedDataParallel(
-            model.trunk, device_id=torch.device("cpu"), **settings
-        )
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
-        if decays:
-            optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-            DecoupledWD(optimizer, WD, quantum=0, exclude=exclude, model=model)
-        elif exclude:
-            optimizer = split(model, cls, wd)
-        else:
-            optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-        steps(model, optimizer, range(6))
-        names[:] = [name for name, _ in model.named_parameters()]
+        model.trunk = flattened(model.trunk, **settings)
+        return flattened(model, **settings)
+
+    def end(model):
         with FullyShardedDataParallel.summon_full_params(model):
             return values(model.parameters())
 
-    names: list[str] = []
-    return {**three_runs(train), "names": names}
+    return against_adamw(build, exclude=exclude, end=end)
+
+
+scenarios(
+    fsdp1_flattened=lambda: fsdp1(use_orig_params=False),
+    fsdp1_by_name=lambda: fsdp1(use_orig_params=True),
+    fsdp1_excludes=lambda: fsdp1(EXCLUDE, use_orig_params=True),
+)
+
+
+def refusal(action):
+    """The message with which ``action`` is refused, None if it is not."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @scenario
-def fsdp1_flattened() -> Any:
-    return fsdp1(use_orig_params=False)
-
-
-@scenario
-def fsdp1_by_name() -> Any:
-    return fsdp1(use_orig_params=True)
-
-
-@scenario
-def fsdp1_excludes() -> Any:
-    return fsdp1(EXCLUDE, use_orig_params=True)
-
-
-@scenario
-def fsdp1_flattened_excludes() -> Any:
+def fsdp1_flattened_excludes():
     inner = network()
-    model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=False)
-    told = {}
-    for name, named in (("wrapped", model), ("inner", inner)):
-        optimizer = Adam(model.parameters(), lr=LR)
-        try:
-            DecoupledWD(optimizer, WD, exclude="bias", model=named)
-        except ValueError as error:
-            told[name] = str(error)
-    return told
+    model = flattened(inner, use_orig_params=False)
+
+    def attach(named):
+        DecoupledWD(Adam(model.parameters(), lr=LR), WD, exclude="bias", model=named)
+
+    return {
+        "wrapped": refusal(lambda: attach(model)),
+        "inner": refusal(lambda: attach(inner)),
+    }
 
 
 @scenario
-def fsdp1_resumed() -> Any:
-    """With the debts that this process has noted, and with those that process 0 has.
+def fsdp1_resumed():
+    """With the deferred decay that this process has saved, and with that of process 0.
 
     Each process has a gradient only for the parameters of which it holds a part.
     """
 
-    def start() -> Any:
-        model = FullyShardedDataParallel(
-            network(), device_id=torch.device("cpu"), use_orig_params=True
-        )
-        steps(model, torch.optim.SGD(model.parameters(), lr=0.0), [0])  # it shards when it is used
-        optimizer = Adam(model.parameters(), lr=LR, weight_decay=IMPORTANT)
-        return model, optimizer, DecoupledWD(optimizer, WD, quantum=2.5e-3)
+    def start():
+        model = flattened(network(), use_orig_params=True)
+        steps(model, SGD(model.parameters(), lr=0.0), [0])  # it shards when it is used
+        optimizer = Adam(model.parameters(), lr=LR, weight_decay=INNER_WD)
+        return model, optimizer, DecoupledWD(optimizer, WD, quantum=QUANTUM)
 
     model, optimizer, decay = start()
     steps(model, optimizer, range(5))
     weights = values(model.parameters())
-    state, owed = copy.deepcopy((optimizer.state_dict(), decay.state_dict()))
+    state, decay_state = copy.deepcopy((optimizer.state_dict(), decay.state_dict()))
     steps(model, optimizer, range(5, 9))
 
-    def resumed(owed: Any) -> Any:
+    def resumed(decay_state):
         model, optimizer, decay = start()
         with torch.no_grad():
             for p, weight in zip(model.parameters(), weights):
                 p.copy_(weight)
         optimizer.load_state_dict(copy.deepcopy(state))
-        decay.load_state_dict(owed)
+        decay.load_state_dict(decay_state)
         steps(model, optimizer, range(5, 9))
         return values(model.parameters())
 
-    noted = [owed]
-    dist.broadcast_object_list(noted)
+    saved = [decay_state]
+    dist.broadcast_object_list(saved)
     return {
-        "owed": owed,
+        "state": decay_state,
         "whole": values(model.parameters()),
-        "by its own": resumed(owed),
-        "by process 0's": resumed(noted[0]),
+        "by its own": resumed(decay_state),
+        "by process 0's": resumed(saved[0]),
     }
 
 
@@ -418,104 +380,75 @@ def fsdp1_resumed() -> Any:
 
 
 @scenario
-def ddp_unused() -> Any:
+def ddp_unused():
     """A branch that process 0 uses more often than process 1, and neither of them in some steps."""
 
-    def used(index: int) -> bool:
+    def used(index):
         return index % 4 < (3 if rank() == 0 else 2)
 
-    def train(cls: Any, wd: float, decays: bool, quantum: float = 0) -> Any:
-        model = DistributedDataParallel(network(), find_unused_parameters=True)
-        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-        decay = DecoupledWD(optimizer, WD, quantum=quantum) if decays else None
-        steps(model, optimizer, range(10), used)
-        state = decay.state_dict() if quantum else None
-        return (values(model.parameters()), state) if quantum else values(model.parameters())
+    def build():
+        return DistributedDataParallel(network(), find_unused_parameters=True)
 
-    return {**three_runs(train), "owing": train(Adam, IMPORTANT, True, 2.5e-3)}
+    def train(model, optimizer):
+        steps(model, optimizer, 10, used)
+
+    model = build()
+    optimizer = Adam(model.parameters(), lr=LR, weight_decay=INNER_WD)
+    decay = DecoupledWD(optimizer, WD, quantum=QUANTUM)
+    train(model, optimizer)
+    deferred = values(model.parameters()), decay.state_dict()
+    return {**against_adamw(build, train=train), "deferred": deferred}
 
 
 # ZeRO
 
 
-def zero(**settings: Any) -> dict[str, Any]:
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = DistributedDataParallel(network())
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(), cls, **settings, lr=LR, weight_decay=wd
-        )
-        if decays:
-            DecoupledWD(optimizer, WD, quantum=0)
-        steps(model, optimizer, range(6))
+def zero(exclude=(), **settings):
+    def make(params, cls, **arguments):
+        return ZeroRedundancyOptimizer(params, cls, **settings, **arguments)
+
+    def check(_, optimizer):
+        own = optimizer.param_groups[0]["weight_decay"]
         optimizer.consolidate_state_dict(to=0)
-        assert optimizer.param_groups[0]["weight_decay"] == wd
         if rank() == 0:
-            assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == wd
-        return values(model.parameters())
+            assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == own
 
-    return three_runs(train)
-
-
-@scenario
-def zero_of_adam() -> Any:
-    return zero()
+    return against_adamw(
+        lambda: DistributedDataParallel(network()), make=make, check=check, exclude=exclude
+    )
 
 
-@scenario
-def zero_excludes() -> Any:
-    def train(cls: Any, wd: float, decays: bool) -> Any:
-        model = DistributedDataParallel(network())
-        make = partial(ZeroRedundancyOptimizer, optimizer_class=cls)
-        if decays:
-            optimizer = make(model.parameters(), lr=LR, weight_decay=wd)
-            DecoupledWD(optimizer, WD, quantum=0, exclude=EXCLUDE, model=model)
-        else:
-            optimizer = split(model, make, wd)
-        steps(model, optimizer, range(4))
-        names[:] = [name for name, _ in model.named_parameters()]
-        return values(model.parameters())
-
-    names: list[str] = []
-    return {**three_runs(train), "names": names}
+scenarios(
+    zero_of_adam=lambda: zero(),
+    zero_in_buckets=lambda: zero(parameters_as_bucket_view=True),
+    zero_excludes=lambda: zero(EXCLUDE),
+)
 
 
 @scenario
-def zero_overlapped() -> Any:
+def zero_overlapped():
     """Its updates are made by a hook of DDP's, in ``backward``, and ``step`` does nothing."""
     model = DistributedDataParallel(network())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), Adam, overlap_with_ddp=True, lr=LR)
-    try:
-        DecoupledWD(optimizer, WD)
-    except ValueError as error:
-        return {"told": str(error)}
-    return {"told": None}
+    return {"refusal": refusal(lambda: DecoupledWD(optimizer, WD))}
 
 
 @scenario
-def local_sgd() -> Any:
+def local_sgd():
     """The processes average their weights at every second step, the last one included."""
-    told = []
+    refusals = []
 
-    def train(cls: Any, wd: float, decays: bool) -> Any:
+    def run(cls, wd, decays):
         model = network()
         inner = cls(model.parameters(), lr=LR, weight_decay=wd)
-        averager = averagers.PeriodicModelAverager(period=2)
-        optimizer = PostLocalSGDOptimizer(inner, averager)
+        optimizer = PostLocalSGDOptimizer(inner, averagers.PeriodicModelAverager(period=2))
         if decays:
-            try:
-                DecoupledWD(optimizer, WD)
-            except ValueError as error:
-                told.append(str(error))
+            refusals.append(refusal(lambda: DecoupledWD(optimizer, WD)))
             DecoupledWD(inner, WD, quantum=0)
-        steps(model, optimizer, range(5))
+        steps(model, optimizer, 5)
         return values(model.parameters())
 
-    return {**three_runs(train), "told": told}
-
-
-@scenario
-def zero_in_buckets() -> Any:
-    return zero(parameters_as_bucket_view=True)
+    return {**three_runs(run), "refusal": refusals[0]}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""What every step takes from every weight and what is then owed, one parameter at a time.
+"""How much each step decays each weight, and what it defers, one parameter at a time.
 
 Written from the promises and docs/theory.md: plain Python floats, which are float64, and no
-multi-tensor calls, cohorts or caches. It holds no tensor, so that a deep copy is a checkpoint.
+multi-tensor calls, buckets or caches. It holds no tensor, so that a deep copy is a checkpoint.
 
 Where the promises leave a choice, it is made here:
 
-- A call of ``step`` counts for the progress of a schedule once its gradients are final, however it
-  ends: also if the update raises, or the decay is refused. One whose closure raises at its first
-  evaluation does not count.
+- A call of ``step`` counts for the progress of a schedule once its gradients are final, also if the
+  update raises. One whose closure raises at its first evaluation does not count, nor one that is
+  refused.
 - A decay is not taken back when the update that it was made for raises.
-- Whether a param group is a no-decay group, and its ``lr_max``, are told by what it holds when a
-  step, or the loading of a state, first meets it.
-- A decay that is attached anew starts with nothing owed, at progress 0.
-- What is owed may exceed the quantum after that has become smaller (in a resumed run, or with
+- Whether a param group is a no-decay group, and its ``max_lr``, follow from what it holds at the
+  first step, or when a state is loaded.
+- A decay that is attached anew starts with nothing deferred, at progress 0.
+- The deferred decay may exceed the quantum after that has become smaller (in a resumed run, or with
   another dtype), until the next step that decays the parameter.
 - torch's fused updates compute in double precision, also with a learning rate that is a tensor.
-- A run whose ``wd`` has one value per group, or is None, notes which groups a single number would
-  spare, for one that resumes it.
+- A run whose ``wd`` has one value per group, or is None, notes which groups are no-decay groups,
+  for a run with a single number that resumes it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUANTA = {
 
 
 class RefusedError(Exception):
-    """A shrink would be 1 or more, or a peak learning rate that it is divided by is 0."""
+    """A shrink would be 1 or more, or a ``max_lr`` that it is divided by is 0."""
 
 
 @dataclass
@@ -49,13 +49,13 @@ class Weight:
 
 @dataclass
 class Due:
-    """What a step is to take from a parameter.
+    """The decay of a parameter that is due in one step.
 
     Attributes:
         shrink: The part of the weight that is due; 0.0 where it does not decay.
         factor: ``1 - shrink``, in the arithmetic of the learning rate.
-        at_once: Whether all of it is applied by this step.
-        quantum: Less than this may be owed afterwards.
+        at_once: Whether this step applies all of it.
+        quantum: Less than this may be deferred afterwards.
     """
 
     shrink: float
@@ -70,7 +70,11 @@ class Due:
 
 @dataclass
 class ReferenceDecay:
-    """The arguments are those of ``DecoupledWD``, except that ``excluded`` is a set of names."""
+    """The arguments are those of ``DecoupledWD``, except that ``excluded`` is a set of names.
+
+    With ``lrs_at_attaching``, a learning rate when it was attached counts as a guess of ``max_lr``
+    if it is larger than at the first step.
+    """
 
     wd: Any
     scale_by: Any = "lr"
@@ -78,10 +82,11 @@ class ReferenceDecay:
     excluded: frozenset = frozenset()
     quantum: float | None = None
     total_steps: int | None = None
+    lrs_at_attaching: list | None = None
     steps: int = 0
-    met: int = 0
-    peaks: list = field(default_factory=list)
-    spared: list = field(default_factory=list)
+    group_count: int = 0
+    max_lrs: list = field(default_factory=list)
+    no_decay: list = field(default_factory=list)
     coefficients: list = field(default_factory=list)
 
     def step(self, groups, weights, on_device=False):
@@ -95,16 +100,16 @@ class ReferenceDecay:
         Raises:
             RefusedError: Nothing is taken, groups that are new stay new, and the step is none.
         """
-        trial = copy.deepcopy(self)
-        rows = trial._rows(groups, weights, on_device)
+        new = copy.deepcopy(self)
+        rows = new._rows(groups, weights, on_device)
         self.steps += 1
-        self.met, self.peaks, self.spared = trial.met, trial.peaks, trial.spared
-        self.coefficients = trial.coefficients
+        self.group_count, self.max_lrs, self.no_decay = new.group_count, new.max_lrs, new.no_decay
+        self.coefficients = new.coefficients
         return rows
 
     def _rows(self, groups, weights, on_device):
         progress = 0.0 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
-        self._meet(groups)
+        self._init_groups(groups)
         self.coefficients = [self._wd(i, group, progress) for i, group in enumerate(groups)]
         rows = []
         for index, (group, wd) in enumerate(zip(groups, self.coefficients)):
@@ -119,38 +124,41 @@ class ReferenceDecay:
 
     def loaded_from(self, saved, groups):
         """This one, going on from where ``saved`` was: its own arguments win."""
-        fresh = copy.deepcopy(self)
-        fresh.steps = saved.steps
-        if saved.met:
+        new = copy.deepcopy(self)
+        new.steps = saved.steps
+        if saved.group_count:
             if self.max_lr is None and saved.max_lr is None:
-                fresh.peaks = list(saved.peaks)
-            fresh.spared = list(saved.spared)
-            fresh._meet(groups)
-        return fresh
+                new.max_lrs = list(saved.max_lrs)
+            new.no_decay = list(saved.no_decay)
+            new._init_groups(groups)
+        return new
 
     def _wd(self, index, group, progress):
         wd = _of_group(self.wd, index)
         if wd is None:
             return float(group["weight_decay"])
-        if self.spared[index] and not isinstance(self.wd, list):
+        if self.no_decay[index] and not isinstance(self.wd, list):
             return 0.0
         return float(wd(progress) if callable(wd) else wd)
 
-    def _meet(self, groups):
-        if self.met == len(groups):
+    def _init_groups(self, groups):
+        if self.group_count == len(groups):
             return
-        self.peaks = [self._peak(index, group) for index, group in enumerate(groups)]
+        self.max_lrs = [self._max_lr(index, group) for index, group in enumerate(groups)]
         own = [group.get("weight_decay", 0.0) for group in groups]
-        for index in range(len(self.spared), len(groups)):
-            self.spared.append(own[index] == 0 and any(own))
-        self.met = len(groups)
+        for index in range(len(self.no_decay), len(groups)):
+            self.no_decay.append(own[index] == 0 and any(own))
+        self.group_count = len(groups)
 
-    def _peak(self, index, group):
-        known = self.peaks[index] if index < len(self.peaks) else None
+    def _max_lr(self, index, group):
+        known = self.max_lrs[index] if index < len(self.max_lrs) else None
         if self.max_lr is not None:
             known = _of_group(self.max_lr, index)
         elif known is None:
-            known = float(next(group[k] for k in ("max_lr", "initial_lr", "lr") if k in group))
+            key = next(key for key in ("max_lr", "initial_lr", "lr") if key in group)
+            known = float(group[key])
+            if key == "lr" and index < len(self.lrs_at_attaching or []):
+                known = max(known, self.lrs_at_attaching[index])
         if known == 0:
             if _of_group(self.scale_by, index) in ("lr_ratio", "lr_squared"):
                 raise RefusedError
@@ -158,15 +166,15 @@ class ReferenceDecay:
         return known
 
     def _scale(self, index, group):
-        scale, lr, peak = _of_group(self.scale_by, index), group["lr"], self.peaks[index]
+        scale, lr, max_lr = _of_group(self.scale_by, index), group["lr"], self.max_lrs[index]
         if group.get("fused"):
             lr = float(lr)
         if callable(scale):
             return scale(group)
         return {
             "lr": lambda: lr,
-            "lr_ratio": lambda: lr / peak,
-            "lr_squared": lambda: lr * lr / peak,
+            "lr_ratio": lambda: lr / max_lr,
+            "lr_squared": lambda: lr * lr / max_lr,
             "none": lambda: 1.0,
         }[scale]()
 

@@ -1,0 +1,385 @@
+"""Decay towards an anchor: the initial weights, or tensors given by name."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import (
+    INNER_WD,
+    caught,
+    every_optimizer,
+    flat,
+    parameter,
+    same,
+    weights,
+    zero_gradients,
+)
+from reference.steps import make_steps, without_wd
+from torch import nn
+
+from wd_callbacks.core.warn import DecoupledWDWarning
+from wd_callbacks.torch import DecoupledWD
+
+STEPS, LR, WD = 6, 0.05, 0.5
+ONES = torch.ones(2)
+
+
+def by_hand(named, anchors, shrink):
+    for name, p in named:
+        if p.requires_grad:
+            anchor = anchors.get(name, torch.zeros_like(p))
+            p.data.copy_(p.data - shrink * (p.data - anchor))
+
+
+# Against a loop by hand in float64
+
+
+@pytest.mark.filterwarnings("ignore::wd_callbacks.core.warn.DecoupledWDWarning")  # lambd, sparse
+@pytest.mark.parametrize("kind", ["initial", "mapping"])
+@every_optimizer
+def test_every_optimizer(case, kind):  # P15, P1
+    ours, hand, none = models = [case.model(torch.float64) for _ in range(3)]
+    anchors = {name: torch.full_like(p, 0.5) for name, p in hand.named_parameters()}
+    if len(anchors) > 1:  # the last one decays towards zero
+        anchors.popitem()
+    optimizer = case.build(ours.parameters())
+    DecoupledWD(optimizer, WD, anchor=anchors if kind == "mapping" else kind, model=ours)
+    for p in (p for model in models for p in model.parameters()):
+        p.data.add_(0.25)  # as weights that are loaded after attaching
+    if kind == "initial":
+        anchors = {name: p.detach().clone() for name, p in hand.named_parameters()}
+
+    def decay(step):
+        by_hand(hand.named_parameters(), anchors, LR * WD)
+
+    make_steps(case, ours, optimizer, STEPS)
+    make_steps(case, hand, without_wd(case, hand.parameters()), STEPS, before=decay)
+    make_steps(case, none, without_wd(case, none.parameters()), STEPS)
+    torch.testing.assert_close(weights(ours), weights(hand), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(flat(ours), flat(none))
+
+
+# Single weights that only decay
+
+
+def one(value=1.0, *, anchor, dtype=torch.float64, lr=0.1, wd=1.0, **options):
+    """A module with the parameter ``weight`` and its optimizer; its gradient is zero."""
+    model = nn.Module()
+    value = value if isinstance(value, torch.Tensor) else torch.tensor([value] * 2)
+    model.weight = nn.Parameter(value.to(dtype))
+    zero_gradients(model)
+    optimizer = torch.optim.SGD([model.weight], lr=lr, **options)
+    return model, optimizer, DecoupledWD(optimizer, wd, anchor=anchor, model=model)
+
+
+def values(model):
+    return pytest.approx(model.weight.tolist())
+
+
+def test_a_new_head_decays_towards_zero():  # P15
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    anchor = {"0.weight": torch.ones(2, 2), "other": torch.ones(3)}  # in another dtype, and more
+    decay = DecoupledWD(optimizer, 1e-4, anchor=anchor, model=model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    zero_gradients(model)
+    optimizer.step()
+    for name, p in model.named_parameters():  # a shrink of 1e-5: above 2^-20, below 2^-10
+        expected = before[name] if name == "0.weight" else before[name] * (1 - 1e-5)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=0)
+    found = {row.name: row.anchor for row in decay.describe(parameters=True)}
+    assert found == dict.fromkeys(before, "zero") | {"0.weight": "given"}
+
+
+def test_a_state_dict_is_copied():  # P15
+    model, optimizer, decay = one(2.0, anchor=None)
+    decay.detach()
+    DecoupledWD(optimizer, 1.0, anchor=model.state_dict(), model=model)
+    model.weight.data.fill_(3)
+    optimizer.step()
+    assert values(model) == [2.9] * 2
+
+
+PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_prefixes_of_wrappers_do_not_count(prefix, wrap):  # P12
+    model, optimizer, decay = one(2.0, anchor=None)
+    decay.detach()
+    DecoupledWD(optimizer, 1.0, anchor={f"{prefix}weight": ONES}, model=wrap(model))
+    optimizer.step()
+    assert values(model) == [1.9] * 2
+
+
+def test_tied_parameters_go_by_any_name():  # P15
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    model["b"].weight = model["a"].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, 1.0, anchor={"b.weight": torch.ones(2, 2)}, model=model)
+    (row,) = decay.describe(parameters=True)
+    assert row.anchor == "given"
+
+
+WRONG = [
+    ({}, {}, "anchor.*names no"),
+    ({"wieght": ONES}, {}, "anchor names no parameter.*'wieght'.*'weight'"),
+    ({"weight": torch.ones(3)}, {}, r"anchor\['weight'\] has shape \(3,\).*\(2,\)"),
+    ({"weight": 1.0}, {}, r"anchor\['weight'\] is 1.0, expected a tensor"),
+    ("start", {}, "anchor must be None, 'initial' or a mapping"),
+    (ONES, {}, "anchor must be None, 'initial' or a mapping"),
+    ({"weight": ONES}, {"model": None}, "anchor needs the names.*give model"),
+]
+
+
+@pytest.mark.parametrize(("anchor", "options", "message"), WRONG)
+def test_nonsense_is_refused(anchor, options, message):  # P15, P10
+    model = nn.Module()
+    model.weight = parameter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        DecoupledWD(optimizer, 0.1, anchor=anchor, **{"model": model, **options})
+
+
+@pytest.mark.parametrize(
+    "how", [{"exclude": "1.weight"}, {"wd": {"0.*": 0.1}}, {"wd": {"1.*": 0, "*": 0.1}}]
+)
+def test_only_what_decays_has_an_anchor(how):  # P15
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+    model[2].requires_grad_(False)
+    options = {"wd": 0.1, "anchor": "initial", "model": model, **how}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, **options)
+    model[0].weight.grad = model[1].weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert [it is not None for it in decay.state_dict()["anchors"][0]] == [True, False, False]
+    wrong = {"0.weight": torch.ones(2, 2), "1.weight": torch.ones(5)}  # as of another class count
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DecoupledWD(optimizer, **options | {"anchor": wrong})
+
+
+# Small distances
+
+
+SINGLE = [(distance, shrink) for distance in (1, 0.1, 0.01, 1e-3) for shrink in (1e-3, 1e-5, 1e-7)]
+HALF = [(distance, shrink) for distance in (1, 0.15) for shrink in (1e-2, 1e-3)]
+TABLE = [
+    *[(torch.float64, 2**-10, *each) for each in SINGLE],
+    *[(torch.float32, 2**-10, *each) for each in SINGLE],
+    *[(torch.float16, 2**-5, *each) for each in HALF],
+    *[(torch.bfloat16, 2**-3, *each) for each in HALF],
+]
+
+
+@pytest.mark.parametrize(("dtype", "quantum", "distance", "shrink"), TABLE)
+def test_what_is_applied_is_what_was_due(dtype, quantum, distance, shrink):  # P8
+    generator = torch.Generator().manual_seed(0)
+    anchor, spread = (torch.rand(4096, generator=generator) + low for low in (1, 0.5))
+    given, value = {"weight": anchor.to(dtype)}, anchor * (1 + distance * spread)
+    model, optimizer, decay = one(value, anchor=given, dtype=dtype, lr=1.0, wd=shrink)
+
+    def mean():
+        return (model.weight.detach().double() - given["weight"].double()).mean()
+
+    before = mean()
+    steps = min(int(max(3, 3.5 * quantum / shrink)), 12_000)
+    for _ in range(steps):
+        optimizer.step()
+    (((log,),),) = (decay.state_dict()["owed"],)
+    assert -math.expm1(-log) < quantum
+    due = -steps * math.log1p(-shrink) - log
+    assert -torch.log(mean() / before) == pytest.approx(due, rel=0.02)
+    assert mean() < before
+
+
+def test_steps_that_only_the_device_knows_warn():  # P15, P1
+    model, optimizer, _ = one(2.0, anchor={"weight": ONES}, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(0.0)
+    _, (message,) = caught(lambda: [optimizer.step() for _ in range(2)])
+    assert "near their anchor move by less than is due" in message
+    assert values(model) == [1.81] * 2
+    optimizer.found_inf.fill_(1)
+    optimizer.step()
+    assert values(model) == [1.81] * 2
+
+
+# Kinds of parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex(dtype):  # P15
+    model, optimizer, _ = one(3 + 4j, anchor={"weight": torch.full((2,), 1 + 2j)}, dtype=dtype)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((2,), 2.8 + 3.8j, dtype=dtype))
+
+
+def test_sparse_gradients_decay_the_whole_tensor():  # P2
+    model = nn.Embedding(4, 2, sparse=True)
+    anchor = torch.zeros(4, 2)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    DecoupledWD(optimizer, 1.0, anchor={"weight": anchor + 1}, model=model)
+    before = model.weight.detach().clone()
+    model(torch.tensor([0])).sum().backward()
+    with pytest.warns(DecoupledWDWarning, match="sparse"):
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach()[1:], (before + 0.1 * (1 - before))[1:])
+
+
+def test_anchors_follow_the_dtype():  # P15
+    model, optimizer, _ = one(2.0, anchor={"weight": ONES}, dtype=torch.float32)
+    optimizer.step()
+    model.double()
+    zero_gradients(model)
+    optimizer.step()
+    assert model.weight.dtype is torch.float64
+    assert values(model) == [1.81] * 2
+
+
+def test_initial_is_each_parameters_own_first_update():  # P15
+    model = nn.ParameterList([parameter(dtype=torch.float64) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DecoupledWD(optimizer, 1.0, anchor="initial")
+    model[1].grad = None
+    for value in (2.0, 3.0, 4.0):
+        model[0].data.fill_(value)
+        model[1].data.fill_(value)
+        optimizer.step()
+        if value == 3:
+            model[1].grad = torch.zeros(2, dtype=torch.float64)
+    assert model[0].tolist() == pytest.approx([4 - 0.2] * 2)  # since 2.0
+    assert model[1].tolist() == [4.0] * 2  # since this step
+
+
+# Saved states
+
+
+@pytest.mark.parametrize("wd", [0.3, 0.003])  # at once, and deferred
+def test_a_resumed_loop_ends_with_the_same_bits(wd, tmp_path):  # P9
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        return model, optimizer, DecoupledWD(optimizer, wd, anchor="initial")
+
+    def go_on(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(4, 3, generator=generator)).square().mean().backward()
+            optimizer.step()
+        return model
+
+    model, optimizer, decay = start()
+    go_on(model, optimizer, range(5))
+    states = model.state_dict(), optimizer.state_dict(), decay.state_dict()
+    torch.save(states, tmp_path / "checkpoint.pt")
+    copied = copy.deepcopy([model, optimizer, decay])
+    whole = go_on(model, optimizer, range(5, 20))
+    assert same(go_on(*copied[:2], range(5, 20)), whole)
+    model, optimizer, decay = start()
+    for it, state in zip(
+        (model, optimizer, decay), torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    ):
+        it.load_state_dict(state)
+    assert same(go_on(model, optimizer, range(5, 20)), whole)
+    model, optimizer, decay = start()
+    model.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    found, messages = caught(lambda: go_on(model, optimizer, range(5, 20)))
+    assert len(messages) == 1
+    assert "load_state_dict" in messages[0]
+    assert not same(found, whole)
+
+
+def test_another_anchor_warns():  # P9
+    _, first, old = one(anchor="initial")
+    first.step()
+    saved = old.state_dict()
+    model, optimizer, decay = one(3.0, anchor={"weight": ONES})
+    _, (message,) = caught(lambda: decay.load_state_dict(saved))
+    assert message.startswith("anchor was initial in the saved run and is mapping")
+    assert "anchors" not in decay.state_dict()  # a mapping is not saved
+    optimizer.step()
+    assert model.weight.tolist() == pytest.approx([2.8] * 2)
+
+
+# Frameworks
+
+
+def test_lightning(package, tmp_path):  # P9, P15
+    from lightning_helpers import LR, adam, fit
+    from torch.optim import Adam
+
+    from wd_callbacks.lightning import DecoupledWD
+
+    class Saves(package.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "at.ckpt", weights_only=False)
+
+    class ByHand(Adam):
+        anchors = None
+
+        def step(self, closure):
+            with torch.enable_grad():
+                loss = closure()
+            params = self.param_groups[0]["params"]
+            self.anchors = self.anchors or [p.detach().double().clone() for p in params]
+            for p, anchor in zip(params, self.anchors):
+                wide = p.data.double()
+                p.data.copy_(wide - LR * 1.0 * (wide - anchor))
+            super().step()
+            return loss
+
+    def decay():
+        return DecoupledWD(1.0, anchor="initial")
+
+    whole = fit(package, adam, decay(), Saves())
+    hand = fit(package, lambda module: ByHand(module.parameters(), lr=LR))
+    torch.testing.assert_close(weights(whole), weights(hand), rtol=1e-4, atol=1e-6)
+    assert same(fit(package, adam, decay(), resume=tmp_path / "at.ckpt"), whole)
+    assert not same(fit(package, adam), whole)
+
+
+NAMES = ["SGD", "RMSProp", "Adam", "RAdam", "QHAdam", "Larc", "Lamb", "ranger"]
+
+
+@pytest.mark.parametrize("kind", ["initial", "mapping"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fastai(name, kind):  # P15
+    optimizer = pytest.importorskip("fastai.optimizer")
+    from fastai_helpers import DecayByHand, learner
+
+    from wd_callbacks.fastai import DecoupledWD
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+    def loss(pred, target):
+        return nn.functional.mse_loss(pred, target).float()  # as fastai averages losses
+
+    anchors = {name: p.detach() for name, p in network().named_parameters()}
+    if kind == "mapping":
+        anchors = {"0.weight": torch.full_like(anchors["0.weight"], 0.5)}
+
+    class ByHand(DecayByHand):
+        def before_step(self):
+            named = [*self.model.named_parameters()]
+            decaying = [(n, p) for n, p in named if self.opt.state[p].get("do_wd", True)]
+            by_hand(decaying, anchors, self.opt.hypers[0]["lr"] * WD)
+
+    def fitted(cb, wd):
+        options = {"dtype": torch.float64, "loss_func": loss, "wd_bn_bias": False, "lr": 0.01}
+        learn = learner(getattr(optimizer, name), model=network(), wd=wd, **options)
+        learn.fit(2, cbs=cb)
+        return weights(learn.model)
+
+    decay = DecoupledWD(WD, anchor=anchors if kind == "mapping" else kind)
+    ours, _ = caught(lambda: fitted(decay, INNER_WD))
+    torch.testing.assert_close(ours, fitted(ByHand(), 0.0), rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(ours[0], fitted(None, 0.0)[0], rtol=1e-3)

@@ -1,0 +1,899 @@
+"""Optimizers on which decay from outside is lost, or is not what it seems."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import random
+import re
+import time
+import types
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import schedulefree
+import torch
+from optimizers import every_optimizer
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from wd_callbacks.core.compat import check_compatible, check_hooks
+from wd_callbacks.core.toys import MAX_STEPS
+
+OUTSIDE = {}  # what a step may reach besides its optimizer
+
+
+def weights(*dtypes):
+    torch.manual_seed(0)
+    shapes = (3, 3), (3,)
+    return [nn.Parameter(torch.randn(shape).to(d)) for d in dtypes or [None] for shape in shapes]
+
+
+class Plain(Optimizer):
+    """SGD with L2; subclasses change the update, or do something besides. Counts its steps."""
+
+    steps = 0
+
+    def __init__(self, params, lr=0.1, **defaults):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        type(self).steps += 1
+        if closure is not None:
+            torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(self.update(p, group, group["weight_decay"]), alpha=-group["lr"])
+        self.besides()
+
+    def update(self, p, group, wd):
+        return p.grad + wd * p
+
+    def besides(self):
+        pass
+
+
+class IgnoresClosure(Plain):
+    def step(self, closure=None):
+        super().step()
+
+
+# Optimizers that lose decay
+
+
+class SAM(Optimizer):
+    """Foret et al. (arXiv 2010.01412): climbs, evaluates there, and steps from where it was."""
+
+    def __init__(self, params, base=SGD, **options):
+        super().__init__(params, options)
+        self.base = base(self.param_groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure):
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        before = [p.clone() for p in params]
+        for p in params:
+            p.add_(p.grad, alpha=0.05)
+        torch.enable_grad()(closure)()
+        for p, q in zip(params, before):
+            p.copy_(q)
+        self.base.step()
+
+
+class FirstStepSAM(SAM):
+    """Climbs by the gradients that are there, as the most used implementation does."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        params = [p for group in self.param_groups for p in group["params"]]
+        torch.stack([p.grad.norm() for p in params if p.grad is not None])  # of none is an error
+        super().step(closure)
+
+
+class LookSAM(SAM):
+    """Liu et al. (arXiv 2203.02714): climbs in every tenth step only."""
+
+    calls, first = 0, 0
+
+    def step(self, closure):
+        is_climb = self.calls % 10 == self.first
+        self.calls += 1
+        if is_climb:
+            super().step(closure)
+        else:
+            closure()
+            self.base.step()
+
+
+class SeparateSAM(SAM):
+    """The base has param groups of its own."""
+
+    def __init__(self, params, **options):
+        params = list(params)
+        super().__init__(params, **options)
+        self.base = SGD(params, **options)
+
+
+class LateLookSAM(LookSAM):
+    first = 9
+
+
+class WSAM(SAM):
+    """Yue et al. (arXiv 2305.15817): evaluates before it climbs, and takes back just the climb."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(closure)()
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        climbs = [0.05 * p.grad for p in params]
+        for p, climb in zip(params, climbs):
+            p.add_(climb)
+        torch.enable_grad()(closure)()
+        for p, climb in zip(params, climbs):
+            p.sub_(climb)
+        self.base.step()
+
+
+class Lookahead(SGD):
+    """Zhang et al. (arXiv 1907.08610): every few steps towards slow weights."""
+
+    def __init__(self, params, every=5, alpha=0.5):
+        super().__init__(params, lr=0.1)
+        self.every, self.alpha = every, alpha
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", p.detach().clone())
+            count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            if count % self.every == 0:
+                p.data.copy_(slow.add_(p.data - slow, alpha=self.alpha))
+
+
+class LookaheadOfVectors(Lookahead):
+    """Keeps all of the decay of matrices, and loses a part of that of vectors in each step."""
+
+    def step(self, closure=None):
+        SGD.step(self, closure)
+        for p in (p for group in self.param_groups for p in group["params"] if p.ndim == 1):
+            first = self.state[p].setdefault("first", p.detach().clone())
+            p.data.lerp_(first, 0.2)
+
+
+class Copies(SGD):
+    """Updates float32 copies of half-precision weights."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None:
+                copy = self.state[p].setdefault("copy", p.detach().to(torch.float32, copy=True))
+                copy = copy if self.copies(p) else p
+                copy.sub_(p.grad, alpha=0.1)
+                p.copy_(copy)
+
+    def copies(self, p):
+        return p.dtype != torch.float32
+
+
+class CopiesOfMatrices(Copies):
+    def copies(self, p):
+        return p.ndim == 2
+
+
+class WithoutHooks(Optimizer):
+    """A wrapper that skips super().__init__, as several third-party ones do."""
+
+    def __init__(self, base):
+        self.base = base
+        self.param_groups = base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class HookedWithoutInit(WithoutHooks):
+    """As timm's Lookahead, whose ``zero_grad`` marks its ``step`` as one that runs hooks."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.defaults = base.defaults
+        self._optimizer_step_pre_hooks = {}
+        self.zero_grad()
+
+
+def scheduled(optimizer):
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return optimizer
+
+
+def of_a_base_with_state():
+    params = weights()
+    optimizer = SAM(params, torch.optim.Adam, lr=0.2)  # not that of another case: no cached verdict
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.base.step()
+    return optimizer
+
+
+def with_an_empty_group(params):
+    return [{"params": []}, {"params": list(params)}]
+
+
+def sgd(params):
+    return SGD(params, lr=0.1)
+
+
+SCHEDULE_FREE = "use the weight decay of {} itself"
+LOST = {
+    "SAM": (lambda ps: SAM(ps, lr=0.1), "attach to its 'base'"),
+    "SeparateSAM": (lambda ps: SeparateSAM(ps, lr=0.1), "attach to its 'base'"),
+    "FirstStepSAM": (lambda ps: FirstStepSAM(ps, lr=0.1), "attach to its 'base'"),
+    "LookSAM": (lambda ps: LookSAM(ps, lr=0.1), "attach to its 'base'"),
+    "LateLookSAM": (lambda ps: LateLookSAM(ps, lr=0.1), "attach to its 'base'"),
+    "SAM of Adam": (lambda ps: SAM(ps, torch.optim.Adam, lr=0.1), "attach to its 'base'"),
+    "base with state": (lambda ps: of_a_base_with_state(), "attach to its 'base'"),
+    "AdamWScheduleFree": (schedulefree.AdamWScheduleFree, SCHEDULE_FREE),
+    "SGDScheduleFree": (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.1), SCHEDULE_FREE),
+    "RAdamScheduleFree": (schedulefree.RAdamScheduleFree, SCHEDULE_FREE),
+    "scheduled": (lambda ps: scheduled(schedulefree.SGDScheduleFree(ps, lr=0.1)), SCHEDULE_FREE),
+    "lr 0": (lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.0), SCHEDULE_FREE),
+    "empty group": (
+        lambda ps: schedulefree.SGDScheduleFree(with_an_empty_group(ps), lr=0.1),
+        SCHEDULE_FREE,
+    ),
+    "Lookahead, a fifth": (lambda ps: Lookahead(ps, alpha=0.2), "itself"),
+    "Lookahead, vectors": (LookaheadOfVectors, "itself"),
+    "bf16": (lambda ps: Copies(weights(torch.bfloat16), lr=0.1), "copies of half-precision"),
+    "fp16": (lambda ps: Copies(weights(torch.float16), lr=0.1), "copies of half-precision"),
+    "some bf16": (lambda ps: Copies(weights(None, torch.bfloat16), lr=0.1), "copies of half"),
+    "bf16 among others": (
+        lambda ps: Copies([{"params": [p]} for p in weights(None, torch.bfloat16, None)], lr=0.1),
+        "copies of half-precision",
+    ),
+    "matrices": (lambda ps: CopiesOfMatrices(ps, lr=0.1), "itself"),
+    "matrices last": (lambda ps: CopiesOfMatrices(list(ps)[::-1], lr=0.1), "itself"),
+}
+KEPT = {
+    "SGD": sgd,
+    "WSAM": lambda ps: WSAM(ps, lr=0.1),
+    "vectors": lambda ps: CopiesOfMatrices(list(ps)[1:], lr=0.1),
+    "no half precision": lambda ps: Copies(ps, lr=0.1),
+    "ignored closure": IgnoresClosure,
+    **{
+        f"Lookahead({every}, {alpha})": functools.partial(Lookahead, every=every, alpha=alpha)
+        for every in (2, 3, 5, 6)
+        for alpha in (0.5, 0.8, 0.9, 0.97)
+    },
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_lost_decay_is_an_error_and_leaves_no_trace(case):  # P5
+    build, instead = LOST[case]
+    params = weights()
+    before = [p.detach().clone() for p in params]
+    optimizer = build(params)
+    random_state = torch.get_rng_state()
+    name = type(optimizer).__name__
+    for _ in range(2):  # the second one from the cache
+        with pytest.raises(ValueError, match=f"{name} would lose decay.*{instead.format(name)}"):
+            check_compatible(optimizer, follows_lr=True)
+    assert all(map(torch.equal, params, before))
+    assert all(p.grad is None for p in params)
+    assert not optimizer.state
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_decay_that_is_kept_is_no_error(case):  # P5
+    check_compatible(KEPT[case](weights()), follows_lr=True)
+
+
+def test_without_a_weight_decay_of_its_own_the_advice_is_another_optimizer():  # P5
+    class Restores(Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.copy_(self.state[p].setdefault("first", p.clone()))
+
+    with pytest.raises(ValueError, match="Instead, use another optimizer"):
+        check_compatible(Restores(weights()), follows_lr=True)
+
+
+# Optimizers whose hooks do not run
+
+
+class Holder:
+    """Looks like an optimizer and holds one, as mmengine's OptimWrapper and DeepSpeed's do."""
+
+    def __init__(self, optimizer, name="optimizer"):
+        setattr(self, name, optimizer)
+
+    @property
+    def param_groups(self):
+        return next(iter(vars(self).values())).param_groups
+
+
+class DeepSpeedOptimizer(Holder):
+    __module__ = "deepspeed.runtime.zero"
+
+
+def with_overlap(params):
+    optimizer = Plain(params)
+    optimizer._overlap_with_ddp = True
+    return optimizer
+
+
+class NeverHooked(WithoutHooks):
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params)}]
+
+
+UNHOOKED = [
+    (lambda ps: WithoutHooks(sgd(ps)), ValueError, "never runs step hooks.* attach to its 'base'"),
+    (lambda ps: HookedWithoutInit(sgd(ps)), ValueError, "never runs step hooks.* its 'base'"),
+    (NeverHooked, ValueError, r"never runs step hooks.*: call super\(\).__init__ in its __init__"),
+    (with_overlap, ValueError, "inside backward.*: pass overlap_with_ddp=False"),
+    (lambda ps: Holder(sgd(ps)), TypeError, "got Holder: attach to its 'optimizer'$"),
+    (lambda ps: Holder(sgd(ps), "opt"), TypeError, "got Holder: attach to its 'opt'$"),
+    (lambda ps: DeepSpeedOptimizer(sgd(ps)), TypeError, "DeepSpeed may update .* fully_shard"),
+    (
+        lambda ps: schedulefree.ScheduleFreeWrapper(sgd(ps)),
+        TypeError,
+        "got ScheduleFreeWrapper: attach to its 'base'",
+    ),
+    (lambda ps: types.SimpleNamespace(optimizer=sgd(ps)), TypeError, "got SimpleNamespace$"),
+    (lambda ps: nn.Linear(1, 1), TypeError, r"must be a torch\.optim\.Optimizer, got Linear$"),
+    (lambda ps: 1e-4, TypeError, r"must be a torch\.optim\.Optimizer, got float$"),
+    (lambda ps: None, TypeError, r"must be a torch\.optim\.Optimizer, got NoneType$"),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), UNHOOKED)
+def test_what_runs_no_hooks_is_an_error(build, error, message):  # P5, P10
+    with pytest.raises(error, match=message):
+        check_hooks(build(weights()))
+
+
+@pytest.mark.parametrize("build", [sgd, Plain, lambda ps: WithoutHooks(sgd(ps)).base])
+def test_what_runs_hooks_is_no_error(build):  # P5
+    check_hooks(build(weights()))
+
+
+# Compatibility warnings
+
+
+class SwitchedRatio(Plain):
+    """LARS as timm has it: no trust ratio if there is no weight decay."""
+
+    def update(self, p, group, wd):
+        ratio = p.norm() / (p.grad.norm() + wd * p.norm()) if wd else 1.0
+        return ratio * (p.grad + wd * p)
+
+
+class SwitchedRatioWithSwitch(SwitchedRatio):
+    def __init__(self, params):
+        super().__init__(params, always_adapt=False)
+
+
+class Cautious(Plain):
+    """Decays only the weights that the update makes smaller."""
+
+    def update(self, p, group, wd):
+        return p.grad + wd * p * (p * p.grad > 0)
+
+
+class SparesVectors(Plain):
+    """Decoupled, of matrices alone."""
+
+    def update(self, p, group, wd):
+        return p.grad.sign() + (wd * p if p.ndim > 1 else 0)
+
+
+class Thrice(Plain):
+    """Decoupled, with a rate that is not lr."""
+
+    def update(self, p, group, wd):
+        return p.grad.sign() + 3 * wd * p
+
+
+class Corrected(Plain):
+    """AdamC's decay (arXiv 2506.02285) as timm has it: by lr**2 / max_lr."""
+
+    def update(self, p, group, wd):
+        return p.grad.sign() + group["lr"] / self.defaults["lr"] * wd * p
+
+
+class Always(Plain):
+    """Decays whatever the group holds."""
+
+    def update(self, p, group, wd):
+        return p.grad + 0.05 * p
+
+
+class AlwaysVectors(Plain):
+    """Decays vectors by a key of their own, as pytorch_optimizer's MARS."""
+
+    def update(self, p, group, wd):
+        return p.grad + (wd if p.ndim > 1 else 0.05) * p
+
+
+class Relative(Plain):
+    """Adafactor with relative steps: whatever the group holds."""
+
+    def update(self, p, group, wd):
+        return p.grad * 0.01 / group["lr"]
+
+
+class RelativeDecay(Plain):
+    """Its own weight decay follows the learning rate of the group no more than the rest."""
+
+    def update(self, p, group, wd):
+        return (p.grad.sign() + wd * p) * 0.01 / group["lr"]
+
+
+class Learned(Plain):
+    """A learned factor of the learning rate, as in Prodigy and D-Adaptation."""
+
+    def __init__(self, params):
+        super().__init__(params, d=1e-6, betas=(0.9, 0.999))
+
+    def update(self, p, group, wd):
+        return group["d"] * (p.grad + wd * p)
+
+
+class IgnoresWD(Plain):
+    def update(self, p, group, wd):
+        return p.grad
+
+
+class Maximizes(Plain):
+    def __init__(self, params):
+        super().__init__(params, maximize=True)
+
+    def update(self, p, group, wd):
+        return -p.grad + wd * p
+
+
+class IgnoresClosureAndIsCautious(Cautious):
+    def step(self, closure=None):
+        super().step()
+
+
+class SubclassOfSGD(SGD):
+    pass
+
+
+TURNED_OFF = "turns a part of its update off at weight_decay=0 .* which DecoupledWD sets"
+OTHER_SCALE = "own weight decay shrinks weights by {} in a step, but DecoupledWD by lr . wd: pass "
+TWICE = "even at weight_decay=0, which DecoupledWD sets during step, so that they decay twice: turn"
+VECTORS = "own weight decay leaves out vectors .* exclude='vector'"
+WARNINGS = [
+    (SwitchedRatio, [f"{TURNED_OFF} .*: use the weight decay of SwitchedRatio itself"]),
+    (SwitchedRatioWithSwitch, [f"{TURNED_OFF} .*: pass always_adapt=True"]),
+    (Cautious, ["neither L2 nor decoupled .* use the weight decay of Cautious itself"]),
+    (SparesVectors, [VECTORS]),
+    (Thrice, [OTHER_SCALE.format(r"3 \* lr \* wd") + "a callable from the param group"]),
+    (
+        Corrected,
+        [OTHER_SCALE.format(r"lr\*\*2 / 0.1 \* wd") + "scale_by='lr_squared' and max_lr=0.1 to"],
+    ),
+    (Always, [TWICE]),
+    (AlwaysVectors, [TWICE, VECTORS]),
+    (Relative, ["same update at any learning rate .*: pass scale_by='none', or a callable"]),
+    (RelativeDecay, ["same update at any learning rate"]),
+    (Learned, [r"a factor 'd' that it learns.*: pass scale_by=lambda group: group\['lr'\] \* "]),
+    (IgnoresClosure, []),
+    (IgnoresWD, []),
+    (Maximizes, []),
+    (Plain, []),
+    (SubclassOfSGD, []),
+    (lambda ps: SubclassOfSGD(ps, lr=0.1, momentum=0.9, maximize=True), []),
+    (lambda ps: scheduled(SubclassOfSGD(ps, lr=0.1, momentum=0.9)), []),
+    (lambda ps: Plain(ps, lr=torch.tensor(0.1)), []),
+    (lambda ps: Plain(ps, lr=0.0), []),
+]
+
+
+@contextlib.contextmanager
+def no_warnings():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert caught == []
+
+
+@pytest.mark.parametrize(("build", "messages"), WARNINGS)
+def test_compatibility_warnings(build, messages):  # P5, P11
+    optimizer = build([{"params": [p]} for p in weights()])
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    random_state, cls = torch.get_rng_state(), type(optimizer)
+    cls.steps = 0
+    with no_warnings():
+        found = check_compatible(optimizer, follows_lr=True)
+    assert cls.steps <= MAX_STEPS == 40
+    assert len(found) == len(messages)
+    for warning, message in zip(found, messages):
+        assert warning.startswith(cls.__name__)
+        assert re.search(message, warning), warning
+    assert all(
+        map(torch.equal, before, (p for group in optimizer.param_groups for p in group["params"]))
+    )
+    assert not optimizer.state
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert check_compatible(optimizer, follows_lr=True) == found
+
+
+@pytest.mark.parametrize("cls", [Thrice, Corrected, Relative, Learned])
+def test_the_rate_does_not_matter_if_the_decay_does_not_follow_it(cls):  # P5
+    assert check_compatible(cls(weights()), follows_lr=False) == []
+
+
+@every_optimizer
+def test_of_torch_s_optimizers_only_asgd_decays_by_itself(case, monkeypatch):  # P5, P11
+    steps = []
+    optimizer = case.build(case.model().parameters())
+    counting = Optimizer.profile_hook_step(lambda self, closure=None: steps.append(self))
+    monkeypatch.setattr(case.cls, "step", counting)
+    found = check_compatible(optimizer, follows_lr=True)
+    assert steps == []
+    if case.cls is torch.optim.ASGD:
+        (warning,) = found
+        assert "decays its weights by itself (lambd=0.0001)" in warning
+        assert "pass lambd=0" in warning
+        for group in optimizer.param_groups:
+            group["lambd"] = 0.0
+        found = check_compatible(optimizer, follows_lr=True)
+    assert found == []
+
+
+@every_optimizer
+def test_subclasses_of_torch_s_optimizers_are_simulated_with_the_same_result(case):  # P5
+    cls = type(f"My{case.cls.__name__}", (case.cls,), {})
+    found = check_compatible(cls(case.model().parameters(), **case.kwargs), follows_lr=True)
+    expected = {
+        torch.optim.ASGD: ["MyASGD decays its weights even at weight_decay=0"],
+        torch.optim.Rprop: ["MyRprop makes the same update at any learning rate"],  # but the first
+    }.get(case.cls, [])
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected))
+
+
+# What toy copies cost, and what they leave alone
+
+
+@pytest.mark.parametrize(
+    "cls", [Plain, Cautious, IgnoresClosureAndIsCautious, Thrice, Corrected, Copies]
+)
+@pytest.mark.parametrize("dtypes", [(), (torch.float32, torch.bfloat16)])
+def test_there_are_at_most_40_toy_steps(cls, dtypes):  # P11
+    class Counts(cls):
+        steps = 0
+        calls = 0
+
+        def step(self, closure=None):
+            Counts.calls += 1
+            return super().step(closure)
+
+    with contextlib.suppress(ValueError):  # copies of half-precision weights
+        check_compatible(Counts(weights(*dtypes), lr=0.1), follows_lr=True)
+    assert 5 < Counts.calls <= 40
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_a_group_of_each_kind_is_simulated(kinds):  # P11
+    class Counts(Plain):
+        most = 0
+
+        def besides(self):
+            Counts.most = max(Counts.most, len(self.param_groups))
+
+    groups = [
+        {
+            "params": [nn.Parameter(torch.ones(2, 2))],
+            "lr": torch.tensor(0.1 + i),
+            "name": f"layer {i}",
+            "depth": 1 + i,
+            "nesterov": i % kinds == 1,
+        }
+        for i in range(40)
+    ]
+    check_compatible(Counts(groups), follows_lr=False)
+    assert Counts.most == kinds
+
+
+def test_optimizers_of_a_kind_are_simulated_once():  # P11
+    class Counts(Cautious):
+        steps = 0
+
+    def build(i):
+        lr = 0.1
+        return Counts([{"params": weights()[i % 2 :], "lr": lr * (1 + i), "name": f"layer {i}"}])
+
+    found = check_compatible(build(0), follows_lr=True)
+    check_compatible(build(1), follows_lr=True)
+    once = Counts.steps
+    started = time.perf_counter()
+    for i in range(2, 464):
+        assert bool(check_compatible(build(i), follows_lr=True)) == bool(found)
+    assert time.perf_counter() - started < 1
+    assert Counts.steps == once
+
+
+OTHERS = {
+    "argument": lambda cls: cls(weights(), always_adapt=True),
+    "attribute": lambda cls: with_attribute(cls(weights()), "every", 3),
+    "wrapped": lambda cls: wrapping_sgd(cls(weights())),
+    "dimensions": lambda cls: cls(weights()[:1]),
+    "dtype": lambda cls: cls(weights(torch.bfloat16)),
+    "first lr": lambda cls: cls(weights(), lr=0.2),
+    "tensor lr": lambda cls: cls([{"params": weights(), "lr": torch.tensor(0.1)}]),
+    "group": lambda cls: cls([{"params": weights()}, {"params": weights(), "nesterov": True}]),
+}
+
+
+def wrapping_sgd(optimizer):
+    return with_attribute(optimizer, "base", sgd(optimizer.param_groups))
+
+
+def with_attribute(optimizer, name, value):
+    setattr(optimizer, name, value)
+    return optimizer
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_optimizers_of_another_kind_are_simulated_again(other):  # P5
+    class Counts(Plain):
+        steps = 0
+
+    check_compatible(Counts(weights()), follows_lr=True)
+    once = Counts.steps
+    check_compatible(OTHERS[other](Counts), follows_lr=True)
+    assert Counts.steps > once
+    both = Counts.steps
+    check_compatible(OTHERS[other](Counts), follows_lr=True)
+    assert Counts.steps == both
+    check_compatible(OTHERS[other](Counts), follows_lr=False)
+    assert Counts.steps > both
+
+
+def test_settings_that_cannot_be_compared_are_not_cached():  # P5
+    class Decides(Plain):
+        def update(self, p, group, wd):
+            return p.grad + (0 if group["decide"](p) else wd * p * (p * p.grad > 0))
+
+    assert check_compatible(Decides(weights(), decide=lambda p: True), follows_lr=True) == []
+    assert len(check_compatible(Decides(weights(), decide=lambda p: False), follows_lr=True)) == 1
+
+
+def test_the_cache_keeps_neither_weights_nor_optimizer_nor_class():  # P11
+    def check():
+        class Local(Plain):
+            def besides(self):
+                len(params)
+
+        params = weights()
+        optimizer = Local(params)
+        optimizer.base = Local(params)
+        optimizer.kind = Local
+        check_compatible(optimizer, follows_lr=True)
+        return [weakref.ref(it) for it in (params[0], optimizer, Local)]
+
+    refs = check()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
+class OfTheWorld(Plain):
+    def besides(self):
+        for p in OUTSIDE["model"].parameters():
+            p.mul_(0.9)
+
+
+class OfAWeakReference(Plain):
+    def besides(self):
+        self.model().weight.data.mul_(0.9)
+
+
+class OfAPartial(Plain):
+    def besides(self):
+        self.clip()
+
+
+class OfAClosure(OfAPartial):
+    pass
+
+
+class OfAnAverage(Plain):
+    def besides(self):
+        OUTSIDE["average"].update_parameters(OUTSIDE["model"])
+
+
+class OfALateStep(Plain):
+    count = 0
+
+    def besides(self):
+        self.count += 1
+        if self.count == 9:  # of a fork
+            torch._foreach_mul_([OUTSIDE["model"].weight], 0.9)
+
+
+class Fails(Plain):
+    def besides(self):
+        raise RuntimeError("only real weights, please")
+
+
+class TurnsNaN(Plain):
+    def besides(self):
+        self.param_groups[0]["params"][0].fill_(torch.nan)
+
+
+UNREACHABLE = [
+    OfTheWorld,
+    OfAWeakReference,
+    OfAPartial,
+    OfAClosure,
+    OfAnAverage,
+    OfALateStep,
+    Fails,
+    TurnsNaN,
+]
+
+
+@pytest.mark.parametrize("cls", UNREACHABLE)
+def test_the_real_weights_are_out_of_reach(cls):  # P3, P10
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    optimizer = cls(model.parameters())
+    OUTSIDE.update(model=model, average=AveragedModel(model))
+    if cls is OfAWeakReference:
+        optimizer.model = weakref.ref(model)
+    if issubclass(cls, OfAPartial):
+        optimizer.clip = lambda: model.weight.data.mul_(0.9)
+    if cls is OfAPartial:
+        optimizer.clip = functools.partial(optimizer.clip)
+    with no_warnings():
+        assert check_compatible(optimizer, follows_lr=True) == []
+    torch.manual_seed(0)
+    assert all(map(torch.equal, model.parameters(), nn.Linear(3, 3).parameters()))
+    assert OUTSIDE["average"].n_averaged == 0
+
+
+class Noisy(Plain):
+    """Prints, warns, and draws random numbers."""
+
+    def besides(self):
+        print("a step")
+        warnings.warn("a step", stacklevel=1)
+        for p in self.param_groups[0]["params"]:
+            p.add_(1e-3 * (np.random.rand() + random.random() + torch.rand(()).item()))
+
+
+def test_noise_is_isolated_and_no_reason_to_warn(monkeypatch, capsys):  # P3, P5
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    states = torch.get_rng_state, random.getstate, lambda: np.random.get_state()[1].tolist()
+    optimizer = Noisy(weights())
+    seeded.clear()
+    before = [str(state()) for state in states]
+    with no_warnings():
+        assert check_compatible(optimizer, follows_lr=True) == []
+    assert [str(state()) for state in states] == before
+    assert seeded == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch cannot before 2.6")
+def test_nothing_is_compiled():  # P11
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def update(p):
+        return p.mul_(1.0)
+
+    class Compiled(Plain):
+        def besides(self):
+            update(self.param_groups[0]["params"][0])
+
+    check_compatible(Compiled(weights()), follows_lr=True)
+    assert compiled == []
+    update(torch.ones(3))
+    assert len(compiled) == 1
+
+
+# Through DecoupledWD
+
+
+def attach(optimizer, **arguments):
+    from wd_callbacks.torch import DecoupledWD
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decay = DecoupledWD(optimizer, 0.5, **arguments)
+    return decay, [str(warning.message) for warning in caught]
+
+
+SCALES = [
+    (Relative, "lr", True),
+    (Relative, "lr_ratio", True),
+    (Relative, "lr_squared", True),
+    (Relative, ["none", "lr"], True),
+    *((cls, scale, False) for cls in (Relative, Thrice) for scale in ("none", lambda group: 0.1)),
+]
+
+
+@pytest.mark.parametrize(("cls", "scale_by", "warns"), SCALES)
+def test_decoupled_wd_warns_once_if_any_group_follows_the_lr(cls, scale_by, warns):  # P5
+    matrices = [weights()[0], weights()[0]]
+    _, found = attach(cls([{"params": [p]} for p in matrices]), scale_by=scale_by)
+    assert len(found) == warns
+    assert all("at any learning rate" in warning for warning in found)
+
+
+@pytest.mark.parametrize("build", [lambda p: SAM([p], lr=0.1), lambda p: WithoutHooks(sgd([p]))])
+def test_decoupled_wd_raises_before_it_attaches(build):  # P5, P10
+    optimizer = build(nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="attach to its 'base'"):
+        attach(optimizer)
+    assert not getattr(optimizer, "_optimizer_step_pre_hooks", None)
+
+
+@pytest.mark.parametrize("build", [lambda p: WSAM([p], lr=0.1), lambda p: Lookahead([p])])
+def test_decoupled_wd_decays_in_a_wrapper_that_keeps_it(build):  # P1, P5
+    p = nn.Parameter(torch.ones(2))
+    optimizer = build(p)
+    _decay, found = attach(optimizer)
+
+    def closure():
+        p.grad = torch.zeros(2)
+
+    optimizer.step(closure)
+    assert found == []
+    assert torch.equal(p.data, torch.full((2,), 0.95))
+
+
+def test_decoupled_wd_decays_in_the_base_of_a_wrapper():  # P5
+    p = nn.Parameter(torch.ones(2))
+    wrapper = SAM([p], lr=0.1)
+    _decay, found = attach(wrapper.base)
+
+    def closure():
+        p.grad = torch.zeros(2)
+
+    closure()
+    wrapper.step(closure)
+    assert found == []
+    assert torch.equal(p.data, torch.full((2,), 0.95))
+
+
+@pytest.mark.parametrize(("cls", "warns"), [(Relative, True), (torch.optim.Adam, False)])
+def test_fastai_warns_of_a_wrapped_optimizer_too(cls, warns):  # P5
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+
+    from wd_callbacks.fastai import DecoupledWD
+
+    data = [(torch.ones(2), torch.ones(1))] * 4
+    dls = DataLoaders.from_dsets(data, data, bs=2, device="cpu")
+    opt_func = functools.partial(OptimWrapper, opt=cls)
+    learn = Learner(dls, nn.Linear(2, 1), nn.functional.mse_loss, opt_func=opt_func)
+    with warnings.catch_warnings(record=True) as caught, learn.no_bar(), learn.no_logging():
+        warnings.simplefilter("always")
+        learn.fit(1, cbs=DecoupledWD(0.1))
+    found = [str(warning.message) for warning in caught]
+    assert sum("makes the same update" in warning for warning in found) == warns

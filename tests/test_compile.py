@@ -1,0 +1,256 @@
+"""Under torch.compile: the same weights, and no more graphs than without the decay."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from helpers import INNER_WD, CallsSuper, deferred, flat, random_gradients
+from reference.loops import decay_by_hand
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.optim import SGD, Adam, AdamW
+
+from wd_callbacks.torch import DecoupledWD
+
+LR, WD, STEPS = 0.05, 0.5, 10
+HOWS = ["optimizer.step", "function", "whole step"]
+
+
+def decreasing(progress):
+    return WD * (1 - progress)
+
+
+def attach(wd=decreasing, **arguments):
+    return lambda optimizer: DecoupledWD(optimizer, wd, total_steps=STEPS, **arguments)
+
+
+def network(device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).to(device)
+
+
+def batch(index):
+    return torch.full((2, 5), 0.1 * (index + 1))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_step(model, optimizer, how, backend):
+    """A function of the index of the step; ``how`` names what of it is compiled."""
+
+    def forward(index):
+        optimizer.zero_grad()
+        model(batch(index)).square().mean().backward()
+
+    if how == "whole step":
+
+        @torch.compile(backend=backend)
+        def train(x):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        return lambda index: train(batch(index))
+    step = {
+        "not": lambda: optimizer.step,
+        "optimizer.step": lambda: torch.compile(optimizer.step, backend=backend),
+        "function": lambda: torch.compile(lambda: optimizer.step(), backend=backend),
+    }[how]()
+    return lambda index: (forward(index), step())
+
+
+def compiled_run(how, cls=Adam, wd=INNER_WD, attach=None, late=False, by_hand=None, backend=None):
+    """The weights after each step, and how many graphs had been compiled by then.
+
+    Args:
+        how: What is compiled.
+        cls: The optimizer.
+        wd: Its own weight decay.
+        attach: Attaches the decay.
+        late: Whether it is attached after compiling.
+        by_hand: The coefficient of the hand-written decay as a function of the progress.
+        backend: What compiles.
+    """
+    model = network()
+    optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
+    backend = backend or CompileCounter()
+    if attach and not late:
+        attach(optimizer)
+    step = compiled_step(model, optimizer, how, backend)
+    path, frames = [], []
+    if attach and late:
+        attach(optimizer)
+    for index in range(STEPS):
+        if by_hand:  # after the gradients, before the update, which is then the compiled one
+
+            def decay(*_, index=index):
+                decay_by_hand(optimizer.param_groups, by_hand(index / STEPS))
+
+            hook = optimizer.register_step_pre_hook(torch.compiler.disable(decay))
+        step(index)
+        if by_hand:
+            hook.remove()
+        path.append(flat(model))
+        frames.append(backend.frame_count)
+    assert optimizer.param_groups[0]["weight_decay"] == wd  # P3
+    return torch.stack(path), frames
+
+
+@functools.cache
+def undecayed(how, cls):
+    """A run of the same optimizer alone."""
+    return compiled_run(how, cls, 0.0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model(backend):  # P4, P5
+    def run(cls, wd, decays):
+        net = network()
+        model = torch.compile(net, backend=backend)
+        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
+        if decays:
+            excluded = {"exclude": "2.bias", "model": model} if decays == "bias" else {}
+            DecoupledWD(optimizer, WD, quantum=0, **excluded)
+        for index in range(STEPS):
+            optimizer.zero_grad()
+            model(batch(index)).square().mean().backward()
+            optimizer.step()
+        return flat(net)
+
+    ours = run(Adam, INNER_WD, True)
+    assert torch.equal(ours, run(AdamW, WD, False))
+    assert not torch.equal(ours, run(Adam, 0.0, False))
+    assert not torch.equal(ours, run(Adam, INNER_WD, "bias"))  # P12: without the prefix
+
+
+@pytest.mark.parametrize(
+    ("how", "late"), [*((how, False) for how in HOWS), ("optimizer.step", True), ("function", True)]
+)
+def test_a_compiled_step_is_compiled_adamw_s(how, late):  # P4, P5
+    expected, graphs = compiled_run(how, AdamW, WD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of the decay is beyond the compiler
+        ours, frames = compiled_run(how, attach=lambda o: DecoupledWD(o, WD), late=late)
+    assert torch.equal(ours, expected)
+    assert frames == graphs
+
+
+@pytest.mark.parametrize(
+    ("how", "quantum", "backend"),
+    [
+        *((how, 0, CompileCounter) for how in HOWS),
+        ("function", None, CompileCounter),
+        ("function", 0, lambda: CompileCounterWithBackend("aot_eager")),
+    ],
+)
+def test_a_changing_coefficient_compiles_nothing_anew(how, quantum, backend):  # P4, P6, P11
+    expected, graphs = compiled_run(how, wd=0.0, by_hand=decreasing, backend=backend())
+    ours, frames = compiled_run(how, attach=attach(quantum=quantum), backend=backend())
+    assert torch.equal(ours, expected)
+    assert frames == (undecayed(how, Adam)[1] if how == "whole step" else graphs)
+    assert frames[0] == frames[-1]
+
+
+@pytest.mark.parametrize(("how", "wd"), [*((how, decreasing) for how in HOWS), ("function", WD)])
+def test_deferred_decay_compiles_nothing_anew(how, wd):  # P8, P11
+    decays = []
+
+    def attach(optimizer):
+        decays.append(DecoupledWD(optimizer, wd, quantum=0.06, total_steps=STEPS))
+
+    ours, frames = compiled_run(how, SGD, attach=attach)
+    expected, _ = compiled_run("not", SGD, attach=attach)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+    assert frames == undecayed(how, SGD)[1]
+    assert decays[0].state_dict() == decays[1].state_dict()
+    assert deferred(decays[0])[0] > 0
+
+
+@pytest.mark.parametrize("quantum", [0, 0.06], ids=["applied", "deferred"])
+def test_a_compiled_step_with_a_closure(quantum):  # P1, P3, P11
+    def run(own, decays=False, by_hand=False, compiled=True):
+        model = network()
+        optimizer = Adam(model.parameters(), lr=LR, weight_decay=own)
+        if decays:
+            attach(quantum=quantum)(optimizer)
+        counter = CompileCounter()
+        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
+        path, frames, seen = [], [], []
+        decay = torch.compiler.disable(decay_by_hand)
+        for index in range(STEPS):
+
+            def closure(index=index):
+                seen.append(optimizer.param_groups[0]["weight_decay"])
+                optimizer.zero_grad()
+                loss = model(batch(index)).square().mean()
+                loss.backward()
+                if by_hand:
+                    decay(optimizer.param_groups, decreasing(index / STEPS))
+                return loss
+
+            step(closure)
+            path.append(flat(model))
+            frames.append(counter.frame_count)
+        assert seen == [own] * STEPS
+        assert optimizer.param_groups[0]["weight_decay"] == own
+        return torch.stack(path), frames
+
+    ours, frames = run(INNER_WD, decays=True)
+    if quantum == 0:
+        assert torch.equal(ours, run(0.0, by_hand=True)[0])
+    else:
+        expected, _ = run(INNER_WD, decays=True, compiled=False)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert frames[1] == frames[-1]
+
+
+def test_a_compiled_step_that_calls_super_decays_once():  # P1
+    Adam([nn.Parameter(torch.ones(1))])  # from here on Adam.step runs hooks itself
+    AdamW([nn.Parameter(torch.ones(1))])
+    expected, graphs = compiled_run("function", AdamW, WD)
+    ours, frames = compiled_run("function", CallsSuper, attach=lambda o: DecoupledWD(o, WD))
+    assert torch.equal(ours, expected)
+    assert frames[1] == frames[-1]
+    assert graphs[1] == graphs[-1]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+            ],
+        ),
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
+)
+def test_a_step_compiled_to_machine_code_is_near_adamw_s(device):  # P4, P5
+    def run(cls, wd, decays):
+        model = network(device)
+        optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
+        if decays:
+            DecoupledWD(optimizer, WD, quantum=0)
+        step = torch.compile(optimizer.step) if decays else optimizer.step
+        for index in range(3):
+            random_gradients(model, index)
+            step()
+        return flat(model)
+
+    ours, expected = run(Adam, INNER_WD, True), run(AdamW, WD, False)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert (ours - run(Adam, 0.0, False)).abs().max() > 1e-3

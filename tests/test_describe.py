@@ -1,0 +1,165 @@
+"""The description of a decay, and the warnings of one without effect (P7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import each_adapter, run
+from fastai_helpers import learner
+from helpers import caught, one_weight, two_groups, zero_gradients
+from lightning_helpers import adam, fit, loader
+from torch import nn
+
+from wd_callbacks.fastai import DecoupledWD as FastaiWD
+from wd_callbacks.lightning import DecoupledWD as LightningWD
+from wd_callbacks.schedules import Linear
+from wd_callbacks.torch import DecoupledWD
+
+
+def test_before_and_after_a_step():
+    model, optimizer = two_groups()
+    arguments = {"exclude": "bias", "model": model, "total_steps": 4, "steps_per_epoch": 2}
+    decay = DecoupledWD(optimizer, [Linear(0.5, 0), 0.2], **arguments)
+    first, second = decay.describe()
+    assert first.coefficient == 0.5
+    assert (first.decaying, second.decaying) == ((1, 9), (1, 6))
+    assert first.shrink == pytest.approx(0.1 * 0.5)
+    assert first.timescale == pytest.approx(1 / (0.1 * 0.5))
+    assert (first.due, first.applied) == (0, 0)
+    assert decay.coefficients == []  # to describe is not to start
+    optimizer.step()
+    optimizer.step()
+    first, second = decay.describe()
+    assert first.coefficient == 0.375
+    assert first.due == pytest.approx(1 - 0.95 * 0.9625)
+    assert first.applied == pytest.approx(first.due)
+    lines = str(decay.describe()).splitlines()
+    assert lines[0].split()[0] == "group"
+    assert {"0", "0.375", "lr"} <= set(lines[1].split())
+    assert {"1", "0.2", "lr"} <= set(lines[2].split())
+
+
+def test_deferred_decay_is_due_and_not_applied():  # P8
+    _, optimizer = two_groups()
+    decay = DecoupledWD(optimizer, 1e-6, quantum=1e-3)
+    for _ in range(3):
+        optimizer.step()
+    row = decay.describe()[0]
+    assert row.due == pytest.approx(3e-7)
+    assert row.applied == pytest.approx(0, abs=1e-12)
+
+
+def test_totals_that_only_the_device_knows():  # P8
+    _, optimizer = two_groups(fused=True)
+    decay = DecoupledWD(optimizer, 0.1)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert decay.describe()[0].applied is None
+    assert "device" in str(decay.describe())
+
+
+def test_max_lr_is_not_taken_before_training_starts():
+    p, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 0.1, scale_by="lr_ratio")
+    decay.describe()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
+    optimizer.step()
+    assert p[0].item() == pytest.approx(1 - 0.1 / 25)
+
+
+def test_a_group_that_is_added_has_a_row():
+    _, optimizer = one_weight(lr=0.1)
+    decay = DecoupledWD(optimizer, lambda progress: 0.5 * progress, total_steps=4)
+    for _ in range(3):
+        optimizer.step()
+    (row,) = decay.describe()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 1))]})
+    first, second = decay.describe()
+    assert (first.coefficient, first.due) == (row.coefficient, row.due)
+    assert row.due > 0
+    assert (second.coefficient, second.due, second.decaying) == (0.25, 0, (1, 3))
+
+
+@each_adapter
+def test_every_adapter_describes_and_prints_once_when_verbose(adapter, capsys):
+    model = nn.Linear(3, 1)
+    decay = run(adapter, {"wd": 0.1, "exclude": "bias", "verbose": True}, model, lr=0.01)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "group" in line]
+    assert len(printed) == 1
+    (row,) = decay.describe()
+    assert row.decaying == (1, 3)
+    assert row.timescale == pytest.approx(1 / (0.1 * 0.01))
+    cells = str(decay.describe()).splitlines()[1].split()
+    assert {"1,000", "125"} <= set(cells) or {"1000", "125"} <= set(cells)  # steps and epochs
+
+
+def test_verbose_prints_when_training_starts(capsys):
+    _, optimizer = one_weight()
+    DecoupledWD(optimizer, 0.1, verbose=True)
+    assert capsys.readouterr().out == ""
+    optimizer.step()
+    assert "0.1" in capsys.readouterr().out
+    optimizer.step()
+    assert capsys.readouterr().out == ""
+
+
+def test_verbose_prints_a_resumed_run_too(capsys):  # P9
+    _, before = one_weight()
+    decay = DecoupledWD(before, lambda p: 0.1 + 0.4 * p, total_steps=10)
+    for _ in range(5):
+        before.step()
+    _, optimizer = one_weight()
+    resumed = DecoupledWD(optimizer, lambda p: 0.1 + 0.4 * p, total_steps=10, verbose=True)
+    resumed.load_state_dict(decay.state_dict())
+    optimizer.step()
+    optimizer.step()
+    assert capsys.readouterr().out.count("0.26") == 1
+
+
+@pytest.mark.parametrize("cls", [FastaiWD, LightningWD])
+def test_there_is_nothing_to_describe_before_training(cls):  # P10
+    with pytest.raises(ValueError, match="before"):
+        cls(0.1).describe()
+
+
+def test_lightning_describes_the_fit_also_after_a_test_of_its_checkpoint(package, tmp_path):  # P13
+    decay = LightningWD(Linear(0.6, 0))
+    save = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    model = fit(package, adam, decay, save, enable_checkpointing=True)
+    described, state = str(decay.describe()), decay.state_dict()
+    model.trainer.test(model, loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert str(decay.describe()) == described
+    assert decay.coefficients == {0: [pytest.approx(0.6 / 12)]}
+    assert decay.state_dict() == state
+
+
+@pytest.mark.parametrize("wd_bn_bias", [True, False])
+def test_fastai_leaves_out_norms_and_biases_by_default(wd_bn_bias):  # P2
+    decay = FastaiWD(0.1)
+    learner(wd_bn_bias=wd_bn_bias).fit(1, cbs=decay)
+    assert decay.describe()[0].decaying[0] == (10 if wd_bn_bias else 3)
+
+
+# A decay without effect
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [({"wd": None}, 0.0), ({"wd": 0.1, "exclude": "*"}, 0.0), ({"wd": None, "exclude": "*"}, 0.1)],
+)
+def test_a_decay_that_touches_nothing_warns_once(arguments, own):
+    model, optimizer = two_groups(weight_decay=own)
+    model.zero_grad()
+    DecoupledWD(optimizer, **arguments, model=model)
+    optimizer.step()  # no gradient: not a real step
+    zero_gradients(model)
+    with pytest.warns(UserWarning, match="nothing") as records:
+        optimizer.step()
+        optimizer.step()
+    assert len(records) == 1
+
+
+def test_a_schedule_that_starts_at_zero_does_not_warn():
+    _, optimizer = two_groups()
+    DecoupledWD(optimizer, Linear(0, 0.1), total_steps=3)
+    assert caught(optimizer.step)[1] == []

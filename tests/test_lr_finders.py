@@ -1,0 +1,148 @@
+"""Searches for a learning rate or a batch size, which save and restore around their own steps."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import OptimWrapper
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from still import (
+    Factor,
+    LightningCallback,
+    StillModule,
+    at,
+    learner,
+    lightning_trainer,
+    quietly,
+)
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+from wd_callbacks.fastai import DecoupledWD as FastaiWD
+from wd_callbacks.lightning import DecoupledWD as LightningWD
+from wd_callbacks.schedules import Linear, Timescale
+
+SEARCHED = {
+    "0.2": {"wd": 0.2},
+    "0.5": {"wd": 0.5},
+    "schedule": {"wd": Linear(0.5, 0)},
+    "mapping": {"wd": {"weight": 0.5, "*": 0.1}},
+    "own": {"wd": None},
+    "timescale": {"wd": Timescale(steps=1000)},
+    "ratio": {"wd": 0.01, "scale_by": "lr_ratio"},
+    "cautious": {"wd": 0.5, "cautious": True},
+    "initial": {"wd": 0.5, "anchor": "initial"},
+}
+
+
+@pytest.mark.parametrize("case", SEARCHED)
+@pytest.mark.parametrize("kind", ["plain", "accumulating", "wrapper"])
+def test_lr_find_of_fastai_ends_and_restores(case, kind):  # P10
+    cbs = [GradientAccumulation(2)] if kind == "accumulating" else []
+    settings = {"opt_func": partial(OptimWrapper, opt=torch.optim.SGD)} if kind == "wrapper" else {}
+    learn = learner(FastaiWD(**SEARCHED[case]), *cbs, loss_func=mse_loss, batches=20, **settings)
+    start = [p.detach().clone() for p in learn.model.parameters()]
+    quietly(learn, "lr_find", show_plot=False, stop_div=False)
+    assert all(map(torch.equal, start, learn.model.parameters()))
+    assert "step" not in vars(learn.opt)
+    assert len(learn.recorder.lrs) > 80  # up to a learning rate of at least 0.5
+
+
+def test_a_fit_after_lr_find_is_as_without():  # P6, P8
+    learn = learner(FastaiWD(Linear(1, 0)))
+    quietly(learn, "lr_find", show_plot=False)
+    factor = Factor(learn.model)
+    quietly(learn, "fit", 1, 0.1)
+    assert factor() == pytest.approx(0.9 * 0.925 * 0.95 * 0.975)
+
+
+class Searched(StillModule):
+    def __init__(self):
+        super().__init__(batches=60)
+
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch) ** 2).mean()
+
+
+class InSecondEpoch(LearningRateFinder):
+    restored = False
+
+    def on_fit_start(self, *args):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            before = pl_module.layer.weight.detach().clone()
+            self.lr_find(trainer, pl_module)
+            self.restored = torch.equal(before, pl_module.layer.weight)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("wd", [5.0, Linear(5, 1)], ids=["number", "schedule"])
+def test_a_learning_rate_finder_in_mid_fit_ends_and_restores(wd, accumulate):  # P10
+    decay, model = LightningWD(wd), Searched()
+    finder = InSecondEpoch(max_lr=1.0, early_stop_threshold=None, num_training_steps=50)
+    settings = {"accumulate_grad_batches": accumulate}
+    trainer = lightning_trainer(decay, finder, epochs=3, **settings)
+    steps = []
+    note = at(LightningCallback, "on_train_end", lambda *_: steps.append(decay.state_dict()[0]))
+    trainer.callbacks.append(note)
+    trainer.fit(model)
+    assert finder.restored
+    assert trainer.global_step == steps[0]["steps"] == 180 // accumulate
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_tuner_restores_and_the_fit_goes_on_as_without(accumulate):  # P10
+    decay, model = LightningWD(5.0), Searched()
+    trainer = lightning_trainer(decay, epochs=1, accumulate_grad_batches=accumulate)
+    start = model.layer.weight.detach().clone()
+    Tuner(trainer).lr_find(model, max_lr=1.0, early_stop_threshold=None, num_training=50)
+    assert torch.equal(start, model.layer.weight)
+    trainer.fit(model)
+    assert decay.coefficients == {0: [5.0]}
+
+
+class Sized(StillModule):
+    def __init__(self):
+        super().__init__()
+        self.batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(16, 4), batch_size=self.batch_size)
+
+
+class SizeInSecondEpoch(BatchSizeFinder):
+    def on_fit_start(self, *args):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.scale_batch_size(trainer, pl_module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+def test_a_batch_size_finder_in_mid_fit_leaves_progress_in_its_epoch(mode, accumulate):  # P6
+    decay, seen = LightningWD(Linear(1, 0)), []
+
+    def note(_, trainer, *args):
+        seen.append((trainer.current_epoch, decay.coefficients[0]))
+
+    finder = SizeInSecondEpoch(mode=mode, max_trials=2, steps_per_trial=2)
+    rec = at(LightningCallback, "on_train_batch_end", note)
+    trainer = lightning_trainer(
+        finder, decay, rec, epochs=3, accumulate_grad_batches=accumulate
+    )
+    trainer.fit(Sized())
+    for epoch, coefficients in seen:
+        for coefficient in coefficients:
+            # A window of accumulation shows the step before it.
+            first = 1 - (epoch + 1) / 3
+            assert first < coefficient <= 1 - epoch / 3 + (accumulate - 1) / 12
+    coefficients = [c for _, each in seen for c in each]
+    assert coefficients == sorted(coefficients, reverse=True)
+    assert not math.isclose(min(coefficients), 0)

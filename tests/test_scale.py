@@ -1,0 +1,265 @@
+"""What a coefficient is multiplied by: ``scale_by``, ``max_lr``, and one value per param group."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from adapters import N, each_adapter, no_loss, run
+from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai_helpers import BATCHES, Trace, When, still_learner, wrapped
+from helpers import caught, parameter
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from wd_callbacks.fastai import DecoupledWD as FastaiWD
+from wd_callbacks.torch import DecoupledWD
+
+SCALES = {
+    "lr": lambda lr, peak: lr,
+    "lr_ratio": lambda lr, peak: lr / peak,
+    "lr_squared": lambda lr, peak: lr**2 / peak,
+    "none": lambda lr, peak: 1,
+}
+each_scale = pytest.mark.parametrize("scale_by", SCALES)
+
+
+def sgd(*options):
+    """SGD with a matrix of float64 for each of the param groups."""
+    return torch.optim.SGD(
+        [{"params": [parameter(2, 2, dtype=torch.float64)], **it} for it in options], lr=0.1
+    )
+
+
+def shrinks(optimizer, steps=5, after=lambda: None, **arguments):
+    """1 - the factor by which each step multiplied each group's weights, without gradient."""
+    DecoupledWD(optimizer, **arguments)
+    rows = []
+    for _ in range(steps):
+        before = [g["params"][0][0, 0].item() for g in optimizer.param_groups]
+        optimizer.step()
+        after()
+        now = [g["params"][0][0, 0].item() for g in optimizer.param_groups]
+        rows.append([1 - b / a for a, b in zip(before, now)])
+    return np.array(rows)
+
+
+def approx(rows):
+    return pytest.approx(np.array(rows), rel=1e-6)
+
+
+@each_scale
+def test_scales_under_a_onecycle_schedule(scale_by):
+    optimizer, lrs = sgd({}), []
+    cycle = OneCycleLR(optimizer, max_lr=0.5, total_steps=10)
+
+    def advance():
+        lrs.append(optimizer.param_groups[0]["lr"])
+        cycle.step()
+
+    seen = shrinks(optimizer, 8, advance, wd=0.1, scale_by=scale_by)
+    assert seen == approx([[0.1 * SCALES[scale_by](lr, 0.5)] for lr in lrs])
+    assert max(lrs) == pytest.approx(0.5, rel=0.1)
+
+
+@each_scale
+@each_adapter
+def test_scales_in_every_adapter(adapter, scale_by):
+    model = nn.Linear(3, 1)
+    model.weight.data.fill_(1)
+    arguments = {"wd": 0.3, "scale_by": scale_by, "quantum": 0}
+    run(adapter, arguments, model, lr=0.4, lr_at=lambda p: 1 - p, loss=no_loss)
+    lrs = [0.4 * (1 - step / N) for step in range(N)]
+    expected = np.prod([1 - 0.3 * SCALES[scale_by](lr, 0.4) for lr in lrs])
+    assert model.weight[0, 0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_callable_scale_and_one_scale_per_group():
+    optimizer = sgd({"lr": 0.1}, {"lr": 0.2, "d": 3.0}, {"lr": 0.4})
+    for group in optimizer.param_groups:
+        group.setdefault("d", 1.0)
+    scales = ["none", lambda g: g["lr"] * g["d"], "lr_ratio"]
+    seen = shrinks(optimizer, 2, wd=0.1, scale_by=scales, max_lr=[1.0, 1.0, 0.8])
+    assert seen == approx([[0.1, 0.1 * 0.6, 0.1 * 0.4 / 0.8]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "max_lr"),
+    [({"max_lr": 2.0, "initial_lr": 4.0}, 2.0), ({"initial_lr": 4.0}, 4.0), ({}, 0.1)],
+)
+def test_max_lr_is_taken_from_the_group_once(keys, max_lr):
+    optimizer = sgd(keys)
+
+    def disturb():
+        optimizer.param_groups[0].update(dict.fromkeys(keys, 100.0))
+
+    seen = shrinks(optimizer, 3, disturb, wd=0.1, scale_by="lr_ratio")
+    assert seen == approx([[0.1 * 0.1 / max_lr]] * 3)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+def test_a_guessed_max_lr_that_lr_exceeds_warns_once(on_device):  # P7
+    optimizer = sgd({})
+    decay = DecoupledWD(optimizer, 0.1, scale_by="lr_ratio")
+
+    def train():
+        for step in range(1, 9):
+            lr = 0.1 * step
+            optimizer.param_groups[0]["lr"] = torch.tensor(lr) if on_device else lr
+            optimizer.step()
+
+    _, messages = caught(train)
+    (message,) = messages
+    assert "group 0" in message
+    assert "0.2" in message
+    assert decay.coefficients == [0.1]
+
+
+def test_a_value_per_group():
+    optimizer = sgd({}, {"lr": 0.5})
+    wds = [0.1, lambda progress: 0.2 * (1 - progress)]
+    seen = shrinks(optimizer, 4, wd=wds, total_steps=4)
+    assert seen == approx([[0.01, 0.1 * (1 - i / 4)] for i in range(4)])
+
+
+# No-decay groups: their own weight decay is 0 while another's is not
+
+
+@pytest.mark.parametrize(
+    ("wd", "expected"),
+    [
+        (0.5, (1, 0.95)),
+        (lambda _: 0.5, (1, 0.95)),
+        ([0.5, 0.5], (0.95, 0.95)),
+        (None, (1, 0.98)),
+    ],
+    ids=["number", "schedule", "sequence", "None"],
+)
+@each_adapter
+def test_a_no_decay_group_stays_one_unless_a_sequence_says_otherwise(adapter, wd, expected):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    for p in model.parameters():
+        p.data.fill_(1)
+    run(adapter, {"wd": wd}, model, own=[0.0, 0.2], loss=no_loss)  # a warning is an error
+    for layer, factor in zip(model, expected):
+        assert layer.weight[0, 0].item() == pytest.approx(factor**N, rel=1e-5)
+
+
+def set_first_to_0(event):
+    return When(event, lambda learn: learn.opt.set_hyper("wd", [0.0, 0.2]))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight decay of 0")
+@pytest.mark.parametrize("event", ["before_fit", "before_train"])
+def test_fastai_sees_a_no_decay_group_that_a_callback_makes(event):
+    learn = still_learner(groups=2, opt_func=wrapped(torch.optim.SGD))
+    learn.fit(2, 0.1, cbs=[set_first_to_0(event), FastaiWD(0.5)])
+    assert learn.model[0].weight[0, 0] == 1
+    assert learn.model[1].weight[0, 0].item() == pytest.approx(0.95**16)
+    assert [h["wd"] for h in learn.opt.hypers] == [0.0, 0.2]
+
+
+@each_adapter
+def test_if_no_group_has_a_weight_decay_all_decay(adapter):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    for p in model.parameters():
+        p.data.fill_(1)
+    run(adapter, {"wd": 0.5}, model, own=[0.0, 0.0], loss=no_loss)  # a warning is an error
+    for p in model.parameters():
+        assert p.flatten()[0].item() == pytest.approx(0.95**N, rel=1e-5)
+
+
+# fastai: the peak is the maximum of the fit's own schedule
+
+LRS = (0.1, 0.4)  # of two groups: what slice(0.1, 0.4) makes of them
+
+SCALED_FITS = {
+    "fit": lambda learn, cbs: learn.fit(2, slice(*LRS), cbs=cbs),
+    "one_cycle": lambda learn, cbs: learn.fit_one_cycle(2, slice(*LRS), cbs=cbs),
+    "flat_cos": lambda learn, cbs: learn.fit_flat_cos(2, slice(*LRS), cbs=cbs),
+    "sgdr": lambda learn, cbs: learn.fit_sgdr(2, 1, slice(*LRS), cbs=cbs),
+    "scheduler": lambda learn, cbs: learn.fit(
+        2, 7.0, cbs=[ParamScheduler({"lr": SchedCos(np.array(LRS), np.array(LRS) / 50)}), *cbs]
+    ),
+}
+
+
+def decayed(fit, *args, opt_func=None, **kwargs):
+    """The trace of the two weights of a Learner that only decays."""
+    decay = FastaiWD(*args, quantum=0, **kwargs)
+    learn = still_learner(groups=2, **({"opt_func": opt_func} if opt_func else {}))
+    trace = Trace(decay)
+    fit(learn, [decay, trace])
+    return trace
+
+
+def check(trace, shrink, peaks=LRS):
+    """The weights are those of the closed form, from the recorded learning rates."""
+    for group, peak in enumerate(peaks):
+        expected = np.cumprod([1 - shrink(lr, peak) for lr in trace.lrs(group)])
+        assert [w[group] for w in trace.weights] == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+@each_scale
+@pytest.mark.parametrize("fit", SCALED_FITS.values(), ids=SCALED_FITS)
+def test_scales_in_fastais_fits(fit, scale_by):  # P4
+    trace = decayed(fit, 0.3, scale_by=scale_by)
+    check(trace, lambda lr, peak: SCALES[scale_by](lr, peak) * 0.3)
+
+
+def test_the_ratio_is_one_at_the_peak():
+    # step 4 of 16 is at the peak, which is neither learn.lr nor a 25th of it
+    trace = decayed(SCALED_FITS["one_cycle"], 0.5, scale_by="lr_ratio")
+    assert trace.lrs(1)[4] == 0.4
+    for group in range(2):
+        assert trace.weights[4][group] / trace.weights[3][group] == pytest.approx(0.5)
+        assert trace.weights[0][group] == pytest.approx(1 - 0.5 / 25)
+
+
+@pytest.mark.parametrize(("max_lr", "peaks"), [(0.8, (0.8, 0.8)), ([0.5, 0.9], (0.5, 0.9))])
+def test_a_given_max_lr_wins(max_lr, peaks):
+    trace = decayed(SCALED_FITS["one_cycle"], 0.3, scale_by="lr_ratio", max_lr=max_lr)
+    check(trace, lambda lr, peak: lr / peak * 0.3, peaks)
+
+
+def test_a_wrapped_optimizer_has_the_schedule_s_peak():  # P5
+    def fit(learn, cbs):
+        learn.fit_one_cycle(2, slice(*LRS), moms=(0, 0, 0), cbs=cbs)
+
+    trace = decayed(fit, 0.3, scale_by="lr_squared", opt_func=wrapped(torch.optim.SGD))
+    check(trace, lambda lr, peak: lr**2 / peak * 0.3)
+
+
+def test_a_callable_scale_sees_hypers_and_params():
+    groups = []
+
+    def scale(group):
+        groups.append((sorted(group), len(group["params"])))
+        return 2 * group["lr"] * group["mom"]
+
+    trace = decayed(SCALED_FITS["one_cycle"], 0.3, scale_by=[scale, "none"])
+    assert set(map(str, groups)) == {str((["lr", "mom", "params", "wd"], 1))}
+    moms = [float(h[0]["mom"]) for h in trace.hypers]
+    expected = np.cumprod([1 - 0.6 * lr * mom for lr, mom in zip(trace.lrs(), moms)])
+    assert [w[0] for w in trace.weights] == pytest.approx(expected.tolist(), rel=1e-12)
+    assert [w[1] for w in trace.weights] == pytest.approx(np.cumprod([0.7] * 16).tolist())
+
+
+@pytest.mark.parametrize("pct_start", [0.25, 0.3, 1 / 3, 0.35, 2 / 3, 1 / 7, 0.99])
+def test_the_peak_is_the_maximum_wherever_it_lies(pct_start):
+    learn, trace = still_learner(), Trace()
+    decay = FastaiWD(0.01, scale_by="lr_ratio", quantum=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the ratio does not exceed 1
+        learn.fit_one_cycle(21, 0.4, pct_start=pct_start, cbs=[decay, trace])
+    check(trace, lambda lr, peak: lr / peak * 0.01, (0.4,))
+
+
+def test_the_peak_is_taken_anew_by_every_fit():
+    learn = still_learner(cbs=FastaiWD(0.5, scale_by="lr_ratio", quantum=0))
+    for lr in (0.1, 0.4, 0.02):
+        before = learn.model[0].weight[0, 0].item()
+        learn.fit(1, lr)
+        assert learn.model[0].weight[0, 0].item() == pytest.approx(before * 0.5**BATCHES)

@@ -1,0 +1,293 @@
+"""One decay per real step (P1), and an optimizer that is otherwise as the user left it (P3)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    ADAM,
+    ADAMW,
+    INNER_WD,
+    CallsSuper,
+    Case,
+    Positions,
+    flat,
+    hooks_of,
+    one_weight,
+    parameter,
+    same,
+    weights,
+)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from wd_callbacks.torch import DecoupledWD
+
+WD = 0.5
+
+
+def own_wd(optimizer):
+    return [group["weight_decay"] for group in optimizer.param_groups]
+
+
+# When a step decays
+
+
+def test_a_step_that_calls_super_decays_once():  # P1
+    torch.optim.Adam([parameter()])  # from here on Adam.step runs hooks itself
+    expected, _ = ADAMW.train(WD)
+    for closure in (False, True):
+        ours, _ = Case(CallsSuper, {"lr": 0.05}).train(
+            decay=lambda optimizer: DecoupledWD(optimizer, WD), closure=closure
+        )
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_overflow_decays_nothing(fused, dtype):  # P1
+    def run(cls, wd, attach):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4).to(dtype)
+        optimizer = cls(model.parameters(), lr=0.1, weight_decay=wd, fused=fused)
+        if attach:
+            DecoupledWD(optimizer, WD)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+        path = []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4, dtype=dtype)).sum() * (float("inf") if step % 3 else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            path.append(flat(model))
+        return torch.stack(path)
+
+    expected = run(torch.optim.AdamW, WD, False)
+    assert torch.equal(expected[0], expected[2])
+    assert not torch.equal(expected[2], expected[3])
+    assert torch.equal(run(torch.optim.Adam, INNER_WD, True), expected)
+
+
+class Loop:
+    """A plain loop that torch's distributed checkpoints save.
+
+    They call ``step`` with gradients and lr of 0 to create the optimizer's state.
+    """
+
+    def __init__(self, cls, wd=WD, **arguments):
+        self.model = nn.Linear(2, 2)
+        self.optimizer = cls(self.model.parameters(), lr=0.1, weight_decay=INNER_WD)
+        self.decay = DecoupledWD(self.optimizer, wd, **arguments)
+
+    def step(self):
+        self.model(torch.ones(1, 2)).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self):
+        return copy.deepcopy(get_optimizer_state_dict(self.model, self.optimizer))
+
+
+def test_saving_a_distributed_checkpoint_decays_nothing():  # P1, P3
+    loop = Loop(torch.optim.Adam, scale_by="none")
+    before = weights(loop.model)
+    state = loop.save()
+    assert all(map(torch.equal, before, loop.model.parameters()))
+    assert not any(it["exp_avg"].any() for it in state["state"].values())
+    assert [group["weight_decay"] for group in state["param_groups"]] == [INNER_WD]
+
+
+def test_saving_a_distributed_checkpoint_does_not_move_a_schedule():  # P6
+    schedule = Positions(0.1)
+    loop = Loop(torch.optim.SGD, schedule, total_steps=4)
+    for _ in range(4):
+        loop.step()
+        loop.save()
+    assert schedule.seen == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_distributed_checkpoint_is_loaded_before_the_first_step():  # P9
+    first, second = (Loop(torch.optim.Adam, scale_by="lr_ratio") for _ in range(2))
+    first.step()
+    set_optimizer_state_dict(second.model, second.optimizer, first.save())
+    second.model.load_state_dict(first.model.state_dict())
+    second.decay.load_state_dict(first.decay.state_dict())
+    for loop in (first, second):
+        loop.step()
+    assert same(first.model, second.model)
+
+
+# Steps that raise
+
+
+class Raising(torch.optim.SGD):
+    fail = False
+
+    def step(self, closure=None):
+        if self.fail:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+@pytest.fixture
+def raised():
+    """A parameter, its optimizer and the decay, right after a step that raised."""
+    p, optimizer = one_weight(cls=Raising)
+    decay = DecoupledWD(optimizer, WD)
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.fail = False
+    return p, optimizer, decay
+
+
+def test_the_step_after_one_that_raised_decays_once(raised):  # P1, P3
+    p, optimizer, _ = raised
+    before = p.data.clone()
+    optimizer.step()
+    assert torch.equal(p.data, before * 0.95)
+    assert own_wd(optimizer) == [INNER_WD]
+
+
+@pytest.mark.parametrize("then", ["save", "detach"])
+def test_after_a_step_that_raised_the_weight_decay_is_the_user_s(raised, then):  # P3
+    _, optimizer, decay = raised
+    if then == "save":
+        assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == INNER_WD
+    decay.detach()
+    assert own_wd(optimizer) == [INNER_WD]
+
+
+def test_a_weight_decay_that_is_set_after_a_step_that_raised_is_kept(raised):  # P3
+    _, optimizer, decay = raised
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+    decay.detach()
+    assert own_wd(optimizer) == [0.25]
+
+
+# Closures
+
+
+def test_a_closure_sees_the_user_s_weight_decay_and_may_raise_or_change_it():  # P3
+    p = parameter()
+    optimizer = torch.optim.LBFGS([p], lr=0.1, max_iter=5)
+    optimizer.param_groups[0]["weight_decay"] = INNER_WD
+    DecoupledWD(optimizer, WD)
+    seen = []
+
+    def closure():
+        seen.append(optimizer.param_groups[0]["weight_decay"])
+        optimizer.param_groups[0]["weight_decay"] = seen[-1] + 1
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        optimizer.zero_grad()
+        loss = (p**4).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert seen == [INNER_WD, INNER_WD + 1, INNER_WD + 2]
+    assert own_wd(optimizer) == [INNER_WD + 3]
+
+
+def test_a_closure_may_set_the_weight_decay_or_detach(recwarn):  # P3
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, WD)
+    optimizer.step(lambda: optimizer.param_groups[0].update(weight_decay=0.2))
+    assert own_wd(optimizer) == [0.2]
+    optimizer.step(decay.detach)
+    assert own_wd(optimizer) == [0.2]
+    assert hooks_of(optimizer) == []
+    assert not recwarn.list
+
+
+def test_a_closure_that_is_not_evaluated_warns_once():  # P7
+    class Ignores(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    _, optimizer = one_weight(cls=Ignores)
+    DecoupledWD(optimizer, 0.1)
+    with pytest.warns(UserWarning, match="closure") as records:
+        optimizer.step(lambda: torch.zeros(()))
+    optimizer.step()
+    assert len(records) == 1
+
+
+# The optimizer as others see it
+
+
+def test_post_hooks_of_others_find_the_user_s_weight_decay():  # P3
+    _, optimizer = one_weight(weight_decay=0.4)
+    group, seen = optimizer.param_groups[0], []
+
+    def halve(*_):
+        seen.append(optimizer.state_dict()["param_groups"][0]["weight_decay"])
+        group["weight_decay"] /= 2
+
+    optimizer.register_step_post_hook(halve)
+    decay = DecoupledWD(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    assert seen == [0.4, 0.2, 0.1]
+    assert group["weight_decay"] == 0.05
+    assert decay.coefficients == [0.1]
+
+
+def test_a_weight_decay_that_is_set_during_a_step_is_kept_and_warns_once():  # P3
+    _, optimizer = one_weight()
+    DecoupledWD(optimizer, 0.1)
+    optimizer.register_step_pre_hook(lambda it, *_: it.param_groups[0].update(weight_decay=0.2))
+    with pytest.warns(UserWarning, match="set in a param group") as records:
+        optimizer.step()
+        optimizer.step()
+    assert len(records) == 1
+    assert own_wd(optimizer) == [0.2]
+
+
+def test_own_weight_decay_is_read_at_every_step():  # P3, wd=None
+    def run(cls, attach):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        optimizer = cls(model.parameters(), lr=0.1, weight_decay=0.0)
+        decay = DecoupledWD(optimizer) if attach else None
+        for step in range(1, 4):
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * step
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+        return flat(model), decay
+
+    ours, decay = run(torch.optim.Adam, True)
+    assert torch.equal(ours, run(torch.optim.AdamW, False)[0])
+    assert decay.coefficients == [pytest.approx(0.3)]
+
+
+def test_detach_and_with_leave_the_optimizer_as_it_was():  # P3
+    p, optimizer = one_weight(weight_decay=0.0)
+    with DecoupledWD(optimizer, WD):
+        optimizer.step()
+    optimizer.step()
+    decay = DecoupledWD(optimizer, WD)
+    optimizer.step()
+    decay.detach()
+    decay.detach()
+    optimizer.step()
+    assert torch.equal(p.data, torch.full((2,), 1.0).mul(0.95).mul(0.95))
+    assert hooks_of(optimizer) == []
+    assert "step" not in vars(optimizer)
+
+
+def test_a_decay_adds_nothing_to_the_optimizer_s_groups_and_state():  # P3
+    _, plain = ADAM.train(0.0)
+    _, optimizer = ADAM.train(decay=lambda it: DecoupledWD(it, 1e-4, scale_by="lr_ratio"))
+    assert set(optimizer.param_groups[0]) == set(plain.param_groups[0])
+    assert {frozenset(it) for it in optimizer.state.values()} == {
+        frozenset({"step", "exp_avg", "exp_avg_sq"})
+    }

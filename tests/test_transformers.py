@@ -1,0 +1,470 @@
+"""Hugging Face's Trainer: real ones, on tiny models built from a config."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback  # noqa: E402
+from transformers.trainer_utils import default_compute_objective  # noqa: E402
+
+from wd_callbacks.core.warn import DecoupledWDWarning  # noqa: E402
+from wd_callbacks.schedules import Cosine, Linear, Timescale  # noqa: E402
+from wd_callbacks.transformers import ANCHORS_FILE, STATE_KEY, DecoupledWD  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+LR, STEPS = 1e-2, 8  # of two epochs of 16 samples
+ADAM = {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": LR})}
+ADAMW = {"optim": "adamw_torch", "weight_decay": 0.1}  # the default is the fused one
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+CONFIG = BertConfig(
+    vocab_size=16, max_position_embeddings=8, hidden_dropout_prob=0.0, **SIZES,
+    attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+DATA = [{"input_ids": torch.arange(i, i + 6) % 16, "labels": i % 2} for i in range(16)]
+
+
+def bert():
+    """A model, with the same weights at every call."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(CONFIG)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Returns a Trainer; options that it does not know go to its TrainingArguments."""
+
+    def build(*callbacks, model=None, trainer=Trainer, data=DATA, out="run", **options):
+        names = ("optimizer_cls_and_kwargs", "optimizers", "model_init", "args_class")
+        own = {name: options.pop(name) for name in names if name in options}
+        make = own.pop("args_class", transformers.TrainingArguments)
+        defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+        quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        args = make(str(tmp_path / out), learning_rate=LR, **{**defaults, **quiet, **options})
+        if "model_init" not in own:
+            own["model"] = bert() if model is None else model
+        return trainer(args=args, train_dataset=data, callbacks=[*callbacks], **own)
+
+    return build
+
+
+@pytest.fixture
+def train(build):
+    """Trains, and returns the Trainer."""
+
+    def train(*callbacks, resume=None, **options):
+        built = build(*callbacks, **options)
+        built.train(resume_from_checkpoint=resume)
+        return built
+
+    return train
+
+
+def same(ours, theirs):
+    pairs = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+def logged(trainer):
+    """What was logged under names that begin with wd, by name."""
+    logs = [(k, v) for log in trainer.state.log_history for k, v in log.items()]
+    return {name: [v for k, v in logs if k == name] for name, _ in logs if name[:2] == "wd"}
+
+
+class Positions:
+    """A schedule that notes the progress it is asked for."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, progress):
+        self.seen.append(progress)
+        return 0.1
+
+
+# Equal to AdamW
+
+LIKE_ADAMW = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "max_steps": {"max_steps": 5},
+    "clipping": {"max_grad_norm": 0.05},
+    "bf16": {"bf16": True},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+    "own weight decay": {"weight_decay": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", LIKE_ADAMW.values(), ids=LIKE_ADAMW)
+def test_adam_equals_adamw(options, train):  # P3, P4
+    options = {"num_train_epochs": 1, **options}
+    theirs = train(**{**options, **ADAMW})
+    assert same(train(DecoupledWD(0.1, quantum=0), **ADAM, **options), theirs)
+    options.pop("weight_decay", None)
+    assert same(train(DecoupledWD(quantum=0), **ADAM, weight_decay=0.1, **options), theirs)
+    assert not same(train(DecoupledWD(0.05, quantum=0), **ADAM, **options), theirs)
+
+
+@pytest.mark.parametrize("wd", [0.0, 0.1], ids="weight_decay={}".format)
+def test_the_second_group_does_not_decay(wd, train):  # wd
+    callback = DecoupledWD(0.2)
+    trainer = train(callback, weight_decay=wd, max_steps=1)
+    decaying = set(trainer.get_decay_parameter_names(trainer.model))
+    rows = callback.describe(parameters=True)
+    assert {row.name for row in rows if row.decays} == decaying
+    assert {row.reason for row in rows if not row.decays} == {"no-decay group"}
+    sequence = DecoupledWD([0.2, 0.1])
+    trainer = train(sequence, weight_decay=wd, max_steps=1)
+    assert all(row.decays for row in sequence.describe(parameters=True))
+
+
+def test_other_groups_are_the_users(train):  # wd
+    model = bert()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == it] for it in (1, 0))
+    optimizer = torch.optim.Adam([{"params": vectors}, {"params": matrices}], lr=LR)
+    callback = DecoupledWD(0.1, exclude="vector")
+    train(callback, model=model, optimizers=(optimizer, None), max_steps=1)
+    reasons = {row.reason for row in callback.describe(parameters=True)}
+    assert reasons == {"decays", "excluded by 'vector'"}
+
+
+# Progress and logs
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, 8), ({"gradient_accumulation_steps": 3}, 4), ({"max_steps": 5}, 5)],
+    ids=["plain", "accumulation", "max_steps"],
+)
+def test_a_schedule_runs_from_0_to_1(options, steps, train):  # P6
+    schedule = Positions()
+    train(DecoupledWD(schedule), **options)
+    assert schedule.seen[-steps:] == [step / steps for step in range(steps)]
+
+
+def test_the_length_of_an_epoch(train):  # P7
+    callback = DecoupledWD(Timescale(epochs=3), max_lr=LR)
+    trainer = train(callback, gradient_accumulation_steps=2)
+    assert trainer.state.max_steps == 4
+    row = callback.describe()[0]
+    assert (row.timescale, row.steps_per_epoch) == (pytest.approx(6), 2)
+
+
+def split(model):
+    """An optimizer with two param groups, and no scheduler."""
+    head = list(model.classifier.parameters())
+    body = [p for p in model.parameters() if all(p is not q for q in head)]
+    return torch.optim.Adam([{"params": body}, {"params": head}], lr=LR), None
+
+
+HALVES = {"*classifier*": Linear(0.2, 0), "*": 0.1}
+NAMES = {
+    "a number": (DecoupledWD(0.1), False, {"wd": [0.1, 0.1]}),
+    "a schedule": (DecoupledWD(Linear(0.2, 0)), False, {"wd": [0.2, 0.1]}),
+    "args.weight_decay": (DecoupledWD(), False, {"wd": [0.3, 0.3]}),
+    "alike": (DecoupledWD([0.1, 0.1]), True, {"wd": [0.1, 0.1]}),
+    "unlike": (DecoupledWD([0.1, 0.2]), True, {"wd/pg1": [0.1, 0.1], "wd/pg2": [0.2, 0.2]}),
+    "other scales": (
+        DecoupledWD(0.1, scale_by=["lr", "lr_ratio"]),
+        True,
+        {"wd/pg1": [0.1, 0.1], "wd/pg2": [0.1, 0.1]},
+    ),
+    "a mapping": (DecoupledWD(HALVES), False, {"wd/*classifier*": [0.2, 0.1], "wd/*": [0.1, 0.1]}),
+}
+
+
+@pytest.mark.parametrize(("callback", "is_split", "expected"), NAMES.values(), ids=NAMES)
+def test_names_in_the_logs(callback, is_split, expected, train):  # P13
+    model = bert()
+    own = {"optimizers": split(model)} if is_split else ADAM
+    trainer = train(copy.deepcopy(callback), model=model, max_steps=2, weight_decay=0.3, **own)
+    assert logged(trainer) == {name: pytest.approx(values) for name, values in expected.items()}
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_console_shows_it(disable_tqdm, train, capsys):  # P13
+    train(DecoupledWD(Cosine(0.125, 0)), max_steps=1, disable_tqdm=disable_tqdm)
+    assert "'wd': '0.125'" in capsys.readouterr().out
+
+
+def test_tensorboard_shows_it(train, tmp_path, monkeypatch):  # P13
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    train(DecoupledWD(Linear(0.5, 0)), max_steps=4, logging_steps=2, report_to="tensorboard")
+    scalars = events.EventAccumulator(str(tmp_path / "board")).Reload().Scalars("train/wd")
+    assert [(scalar.step, scalar.value) for scalar in scalars] == [(2, 0.375), (4, 0.125)]
+
+
+def test_metrics_of_an_evaluation_stay_as_they_are(train):  # P13
+    class Objectives(TrainerCallback):
+        seen = ()
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            self.seen += ((default_compute_objective(metrics), metrics["eval_loss"]),)
+
+    objectives, never = Objectives(), {"logging_strategy": "no"}
+    train(DecoupledWD(0.1), objectives, eval_strategy="epoch", trainer=evaluated(Trainer), **never)
+    assert all(objective == loss for objective, loss in objectives.seen)
+    assert len(objectives.seen) == 2
+
+
+def evaluated(trainer):
+    return functools.partial(trainer, eval_dataset=DATA[:4])
+
+
+def test_coefficients_and_verbose(train, capsys):  # P7, P13
+    callback = DecoupledWD(Linear(0.2, 0), verbose=True)
+    with pytest.raises(ValueError, match="before training has started"):
+        callback.describe()
+    train(callback, max_steps=2)
+    assert callback.coefficients[0] == pytest.approx(0.1)
+    assert capsys.readouterr().out.count("applied of due") == 1
+
+
+# Resuming
+
+DEFERS = functools.partial(DecoupledWD, Cosine(0.4, 0), quantum=1.1e-2)
+ARGUMENTS = {
+    "deferred": {},
+    "initial": {"anchor": "initial"},
+    "mapping": {"anchor": {"classifier.weight": torch.ones(2, 8)}},
+    "lr_ratio": {"scale_by": "lr_ratio", "quantum": 0.73},
+}
+SAVES = {"save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.mark.parametrize("restores", [False, True], ids="restore_callback_states={}".format)
+@pytest.mark.parametrize("own", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_a_resumed_run_ends_with_the_same_bits(own, restores, train, tmp_path):  # P9, P15
+    whole = train(DEFERS(**own), **SAVES)
+    folder = tmp_path / "run" / "checkpoint-3"
+    assert (folder / ANCHORS_FILE).exists() is (own.get("anchor") == "initial")
+    saved = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert any(log for row in saved[STATE_KEY]["owed"] for log in row)  # something is deferred
+    flag = {"restore_callback_states_from_checkpoint": restores}
+    resumed = train(DEFERS(**own), resume=str(folder), **flag, **SAVES)
+    assert same(resumed, whole)
+    assert logged(resumed) == logged(whole)
+    without_state(folder)
+    with pytest.warns(DecoupledWDWarning, match="saved after 3 steps without it"):
+        assert not same(train(DEFERS(**own), resume=str(folder), **flag), whole)
+
+
+def without_state(folder):
+    path = folder / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"][STATE_KEY]
+    path.write_text(json.dumps(state))
+
+
+def test_resuming_into_another_folder(train, tmp_path):  # P9
+    whole = train(DEFERS(anchor="initial"), **SAVES)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    assert same(train(DEFERS(anchor="initial"), out="other", resume=checkpoint), whole)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_every_way_to_save(strategy, train, tmp_path):  # P9
+    options = {"save_strategy": strategy, "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    options |= {"trainer": evaluated(Trainer), "load_best_model_at_end": strategy == "epoch"}
+    whole = train(DEFERS(), num_train_epochs=3, **options)
+    resumed = train(DEFERS(), num_train_epochs=3, resume=str(tmp_path / "run/checkpoint-4"))
+    if strategy == "best":
+        assert same(resumed, whole)
+    assert logged(resumed) == logged(whole)
+
+
+def test_joining_a_run(train, tmp_path):  # P9
+    train(**SAVES)
+    checkpoint, flag = str(tmp_path / "run/checkpoint-3"), "restore_callback_states_from_checkpoint"
+    with pytest.warns(DecoupledWDWarning, match="saved after 3 steps without it"):
+        joined = train(DEFERS(), resume=checkpoint, **SAVES, **{flag: True})
+    again = train(DEFERS(), resume=str(tmp_path / "run/checkpoint-6"), **SAVES, **{flag: True})
+    assert same(again, joined)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DecoupledWDWarning)
+        train(resume=str(tmp_path / "run/checkpoint-6"), **{flag: True})  # and leaving it
+
+
+def test_other_arguments_win_and_warn(train, tmp_path):  # P9
+    train(DecoupledWD(Linear(0.2, 0)), **SAVES)
+    with pytest.warns(DecoupledWDWarning) as caught:
+        changed = DecoupledWD(Linear(0.4, 0))
+        train(changed, resume=str(tmp_path / "run" / "checkpoint-3"), max_steps=10)
+    texts = sorted(str(it.message) for it in caught if it.category is DecoupledWDWarning)
+    assert [text.partition(" was ")[0] for text in texts] == ["max_steps", "wd"]
+    assert changed.coefficients[0] == pytest.approx(0.04)
+
+
+# The optimizer afterwards, and other ways to train
+
+
+def test_the_optimizer_is_as_it_was(train):  # P3
+    seen = []
+
+    class Groups(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            seen.append([[*sorted(g), g["weight_decay"]] for g in optimizer.param_groups])
+
+    ours = train(DecoupledWD(0.1), Groups(), weight_decay=0.3)
+    theirs = train(Groups(), weight_decay=0.3)
+    assert seen[:STEPS] == seen[STEPS:]
+    ours, theirs = (it.optimizer.optimizer for it in (ours, theirs))
+    for name in (name for name in vars(ours) if name.endswith("_hooks")):
+        assert len(getattr(ours, name)) == len(getattr(theirs, name)), name
+
+
+def test_after_an_error_the_next_training_starts_anew(build):  # P3
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("out of luck")
+
+    ours, theirs = build(DecoupledWD(0.1, quantum=0), **ADAM), build(**ADAMW)
+    for trainer in (ours, theirs):
+        trainer.add_callback(Fails)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.train()
+        trainer.remove_callback(Fails)
+        trainer.train()
+    assert same(ours, theirs)
+    assert len(logged(ours)["wd"]) == STEPS
+
+
+def test_training_twice(build):  # P4, P6
+    ours, theirs = build(DecoupledWD(0.1, quantum=0), **ADAM), build(**ADAMW)
+    for trainer in (ours, theirs, ours, theirs):
+        trainer.train()
+    assert same(ours, theirs)
+    assert logged(ours)["wd"] == [0.1] * STEPS
+
+
+def test_finding_the_batch_size(train):  # P4
+    class OutOfMemory(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 3:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    options = {"trainer": OutOfMemory, "auto_find_batch_size": True, "num_train_epochs": 1}
+    schedule = Positions()
+    ours = train(DecoupledWD(schedule, quantum=0), **ADAM, **options)
+    assert same(ours, train(**ADAMW, **options))
+    steps = ours.state.max_steps
+    assert schedule.seen[-steps:] == [step / steps for step in range(steps)]
+
+
+def test_searching_hyperparameters(build):  # P3
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    callback = DecoupledWD()
+    options = {"max_steps": 2, "logging_steps": 100, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = evaluated(Trainer)
+    trainer = build(callback, model_init=bert, trainer=trainer, **options)
+    seen = []
+
+    def space(trial):
+        return {"weight_decay": trial.suggest_categorical("weight_decay", [0.1, 0.2])}
+
+    def objective(metrics):
+        seen.append((trainer.args.weight_decay, callback.coefficients[0]))
+        return default_compute_objective(metrics)
+
+    sampler = optuna.samplers.GridSampler({"weight_decay": [0.1, 0.2]}, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of optuna
+        best = trainer.hyperparameter_search(
+            space, objective, n_trials=2, backend="optuna", sampler=sampler
+        )
+    assert set(seen) == {(0.1, 0.1), (0.2, 0.2)}
+    assert best.objective == pytest.approx(0.693, abs=0.1)  # the loss of a coin
+
+
+def test_a_seq2seq_trainer(train):  # P4
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+    config = transformers.T5Config(dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    data = [{**it, "labels": it["input_ids"]} for it in DATA]
+
+    def run(*callbacks, **options):
+        torch.manual_seed(0)
+        options |= {"args_class": transformers.Seq2SeqTrainingArguments, "data": data}
+        model = transformers.T5ForConditionalGeneration(config)
+        trainer = transformers.Seq2SeqTrainer
+        return train(*callbacks, model=model, trainer=trainer, max_steps=3, **options)
+
+    assert same(run(DecoupledWD(0.1, quantum=0), optim="adamw_torch"), run(**ADAMW))
+
+
+def test_lora(train):  # P2, P4
+    peft = pytest.importorskip("peft")
+
+    def lora():
+        torch.manual_seed(1)
+        return peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+
+    callback = DecoupledWD({"*lora_A*": 0.1, "*lora_B*": 0.1}, quantum=0)
+    ours = train(callback, model=lora(), max_steps=3, **ADAM)
+    assert same(ours, train(model=lora(), max_steps=3, **ADAMW))
+    assert sum(row.decays for row in callback.describe(parameters=True)) == 2
+
+
+# Refused, with what to write instead
+
+INVALID = {
+    "two of them": ([DecoupledWD(0.1), DecoupledWD(0.2)], ValueError, "two DecoupledWD"),
+    "a shrink above 1": ([DecoupledWD(200.0)], ValueError, "param group 0"),
+    "a wrong length": ([DecoupledWD([0.1] * 3)], ValueError, "3"),
+    "no such parameter": ([DecoupledWD(0.1, exclude="classifer*")], ValueError, "classifier"),
+    "an anchor's shape": (
+        [DecoupledWD(0.1, anchor={"classifier.weight": torch.zeros(3)})],
+        ValueError,
+        "shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("callbacks", "error", "match"), INVALID.values(), ids=INVALID)
+def test_refused_before_a_weight_has_changed(callbacks, error, match, build):  # P10
+    trainer = build(*callbacks, max_steps=1)
+    with pytest.raises(error, match=match):
+        trainer.train()
+    assert all(map(torch.equal, trainer.model.parameters(), bert().parameters()))
+
+
+def test_a_mapping_of_optimizers_is_refused():  # P10
+    with pytest.raises(TypeError, match="a Trainer has one optimizer"):
+        DecoupledWD({0: 0.1})
+
+
+@pytest.mark.parametrize("framework", ["fastai", "lightning"])
+def test_a_wrong_adapter_is_named(framework, build):  # P10
+    pytest.importorskip({"lightning": "pytorch_lightning"}.get(framework, framework))
+    module = pytest.importorskip(f"wd_callbacks.{framework}")
+    with pytest.raises(TypeError, match=r"use wd_callbacks\.transformers"):
+        build(module.DecoupledWD(0.1)).train()
+
+
+def test_it_names_the_right_adapter():  # P10
+    pl = pytest.importorskip("pytorch_lightning")
+    with pytest.raises(TypeError, match=r"use wd_callbacks\.lightning"):
+        pl.Trainer(callbacks=[DecoupledWD(0.1)], logger=False).fit(
+            pytest.importorskip("pytorch_lightning.demos.boring_classes").BoringModel()
+        )
+
+
+def test_copies_take_the_arguments_along(train):  # P9
+    callback = DecoupledWD(Cosine(0.1, 0), exclude="bias", anchor="initial")
+    train(callback, max_steps=1)
+    for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert repr(copied) == repr(callback)
+        train(copied, max_steps=1)
+        assert copied.coefficients == callback.coefficients

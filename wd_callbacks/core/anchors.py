@@ -1,0 +1,74 @@
+"""What weights decay towards: their initial values, or tensors given by parameter name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from wd_callbacks.core.selection import clean_name
+
+
+class Anchors:
+    """Finds the anchors of parameters.
+
+    Args:
+        anchor: None, ``"initial"``, or a mapping from parameter name to tensor.
+    """
+
+    def __init__(self, anchor: Any) -> None:
+        self._is_initial = anchor == "initial"
+        is_mapping = isinstance(anchor, Mapping)
+        self._named = {clean_name(k): v for k, v in anchor.items()} if is_mapping else {}
+
+    def find(self, p: Tensor, names: Sequence[str]) -> Tensor | None:
+        """Return the anchor of ``p``, whose names are ``names``; None: it decays towards zero."""
+        if self._is_initial:
+            return p.detach().clone()
+        name = self.key(names)
+        return None if name is None else follow(self._named[name], p)
+
+    def key(self, names: Sequence[str]) -> str | None:
+        """Return the name in the mapping of a parameter; None if it is not there."""
+        # A model in DDP or DataParallel saves its names with a prefix.
+        keys = [key for name in names for key in (name, f"module.{name}")] if self._named else []
+        return next((key for key in keys if key in self._named), None)
+
+    def check(self, p: Tensor, names: Sequence[str]) -> None:
+        """Raise ValueError if ``p`` cannot decay towards its anchor."""
+        if self._is_initial and hasattr(p, "device_mesh"):
+            raise ValueError(
+                "anchor='initial' cannot be saved with sharded weights (DTensor): give anchor a "
+                "mapping, such as the full state_dict() from before sharding"
+            )
+        name = self.key(names)
+        if name is None or is_lazy(p) or self._named[name].shape == p.shape:
+            return
+        raise ValueError(
+            f"anchor[{name!r}] has shape {tuple(self._named[name].shape)} and the parameter "
+            f"{tuple(p.shape)}: leave the entry out, so that the parameter decays towards 0, or "
+            f"exclude the parameter"
+        )
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError if a mapping names none of the parameters ``names``."""
+        if self._named and self.key(names) is None:
+            first = next(iter(self._named))
+            near = difflib.get_close_matches(first, names, n=3, cutoff=0)
+            raise ValueError(
+                f"anchor names no parameter of the model: it has {first!r}, and the model has "
+                f"{', '.join(map(repr, near))}. Give it the model's names"
+            )
+
+
+def follow(anchor: Tensor, p: Tensor) -> Tensor:
+    """Return ``anchor`` on the device, in the dtype and with the sharding of ``p``."""
+    anchor = anchor.to(device=p.device, dtype=p.dtype)
+    if hasattr(p, "device_mesh") and not hasattr(anchor, "device_mesh"):
+        from torch.distributed import tensor as distributed
+
+        return distributed.distribute_tensor(anchor, p.device_mesh, p.placements)  # type: ignore
+    return anchor

@@ -1,0 +1,251 @@
+"""A decay attached to a torch optimizer, by the hooks around its ``step``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, cast
+
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wd_callbacks.core import compat, state, table
+from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.groups import Group
+from wd_callbacks.core.layout import Setup, check_parameters, make_layout
+from wd_callbacks.core.step import Step
+from wd_callbacks.core.table import Description
+
+WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
+STATE_SETUP = "torch.distributed.checkpoint.state_dict"  # steps with gradients and lr of 0
+HOOKED_STEP = Optimizer.profile_hook_step(lambda *_: None).__code__  # what runs the hooks
+
+Progress = Callable[[Decay], float]
+"""Returns the training progress in [0, 1] of the step that a decay is about to make."""
+
+
+def attach(
+    optimizer: Optimizer,
+    setup: Setup,
+    progress: Progress,
+    on_start: Callable[[Attached], None] | None = None,
+    on_divergence: Callable[[], bool] | None = None,
+    rereads_groups: bool = False,
+) -> Attached:
+    """Attach a decay to a torch optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        setup: What the decay is built with.
+        progress: Returns the training progress.
+        on_start: Called right before the first step.
+        on_divergence: See ``Step``.
+        rereads_groups: Whether ``max_lr`` and no-decay groups are those of the first step.
+
+    Raises:
+        TypeError, ValueError: The optimizer cannot be decayed from outside, or the config does not
+            fit it.
+    """
+    optimizer = checked(optimizer)
+    setup.config.check_groups(optimizer.param_groups)
+    check_parameters(setup, optimizer.param_groups)
+    for message in compat.check_compatible(optimizer, setup.config.follows_lr):
+        setup.warn(message)
+    decay = Decay(setup)
+    decay.layout = make_layout(setup, optimizer.param_groups, (), decay.layout)
+    decay.rereads_groups = rereads_groups
+    return Attached(optimizer, decay, progress, on_start, on_divergence)
+
+
+class Attached:
+    """A decay that acts in the steps of one optimizer, until it is detached.
+
+    The optimizer's hooks hold it, and it holds the optimizer weakly: it lives as long as that does.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decay: Decay,
+        progress: Progress,
+        on_start: Callable[[Attached], None] | None = None,
+        on_divergence: Callable[[], bool] | None = None,
+    ) -> None:
+        groups = functools.partial(_groups, weakref.ref(optimizer))
+        # LBFGS takes loss, gradient and line search of a step from the same weights.
+        decays_first = isinstance(optimizer, LBFGS) and not decay.setup.config.cautious
+        self.decay = decay
+        self._step = Step(decay, groups, progress, decays_first, on_divergence)
+        self._optimizer = weakref.ref(optimizer, lambda _: decay.release())
+        self._on_start = on_start
+        self._depth = 0  # of `step` calls: one may call `super().step()`
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
+        ]
+        # Post hooks of others find the groups as the user set them.
+        hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks)
+        hooks.move_to_end(self._handles[1].id, last=False)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer.
+
+        Raises:
+            ValueError: It is gone.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise ValueError(
+                "the optimizer of this DecoupledWD is gone, and what it has deferred with it: call "
+                "describe() and state_dict() before the optimizer is deleted"
+            )
+        return optimizer
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer's steps decay."""
+        return bool(self._handles) and self._optimizer() is not None
+
+    def is_of(self, optimizer: Any) -> bool:
+        """Return True if it is attached to ``optimizer``."""
+        return self._optimizer() is optimizer
+
+    def inherit(self, old: Attached) -> None:
+        """Go on with what parameters have deferred, and with their anchors, after ``old``."""
+        layout = old.decay.layout
+        self.decay.layout = self.decay.layout._replace(
+            deferred=layout.all_deferred(), anchors=layout.anchors
+        )
+
+    def describe(self, label: str = "", parameters: bool = False) -> Description:
+        """Return a table of what the decay does.
+
+        Args:
+            label: What stands before the index of each group.
+            parameters: Whether it has a row per parameter.
+        """
+        make = table.describe_parameters if parameters else table.describe
+        return make(self.decay, self.optimizer.param_groups, label)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` needs to go on, as plain numbers."""
+        return state.state_dict(self.decay, self.optimizer.param_groups)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from ``saved``, which is checked first."""
+        state.load_state_dict(self.decay, saved, self.optimizer.param_groups)
+
+    def settle(self) -> None:
+        """Restore what a step that raised has left behind."""
+        if self._depth and not any(_running_steps(self.optimizer)):
+            self._depth = 0
+            self._step.cancel()
+
+    def detach(self) -> None:
+        """Remove the decay from the optimizer, which is left as the user configured it."""
+        for handle in self._handles:
+            handle.remove()
+        was_attached, self._handles, self._depth = bool(self._handles), [], 0
+        self._step.is_attached = False
+        self._step.cancel()
+        if was_attached:
+            self.decay.check_max_lr()
+
+    # Hooks of the optimizer, in firing order
+
+    @_disable_dynamo  # traced, a coefficient would be a constant to be compiled anew
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._depth:  # `step` called `super().step()`, or a step before raised
+            self._depth = sum(1 for _ in _running_steps(optimizer))
+            if self._depth > 1:
+                return None
+        self._depth = 1
+        if not optimizer.state and STATE_SETUP in sys.modules and _is_called_from(STATE_SETUP):
+            self._step.skip()
+            return None
+        if self._on_start is not None:
+            on_start, self._on_start = self._on_start, None
+            on_start(self)
+        found_inf = vars(optimizer).get("found_inf")  # set by GradScaler for fused optimizers
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            found_inf = None
+        args, kwargs = self._step.before(args[1:], kwargs, found_inf)
+        return (optimizer, *args), kwargs
+
+    @_disable_dynamo
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if self._depth > 1:
+            self._depth = sum(1 for _ in _running_steps(optimizer))
+            if self._depth > 1:
+                return
+        self._depth = 0
+        self._step.after()
+
+    def _before_state_dict(self, _: Optimizer) -> None:
+        self.settle()
+
+
+def checked(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer that ``optimizer`` is or wraps.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It runs no step hooks, or a DecoupledWD is attached to it.
+    """
+    optimizer = unwrapped(optimizer)
+    compat.check_hooks(optimizer)
+    check_unattached(optimizer)
+    return cast(Optimizer, optimizer)
+
+
+def check_unattached(optimizer: Optimizer) -> None:
+    """Raise ValueError if a DecoupledWD is attached to ``optimizer``."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks):
+        raise ValueError(
+            f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "
+            f"decay twice: detach the other one first, or merge their arguments"
+        )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the torch optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
+    while any(cls.__name__ in WRAPPERS for cls in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _groups(optimizer: Callable[[], Any]) -> Sequence[Group]:
+    """Return the param groups of an optimizer that is alive, as it steps."""
+    groups: Sequence[Group] = optimizer().param_groups
+    return groups
+
+
+def _running_steps(optimizer: Optimizer) -> Iterator[FrameType]:
+    """Yield the frames on the call stack that run a ``step`` of ``optimizer``."""
+    code = HOOKED_STEP.co_name, HOOKED_STEP.co_filename
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Compiled, the code is another one of the same name.
+        is_step = (frame.f_code.co_name, frame.f_code.co_filename) == code
+        if is_step and frame.f_locals.get("args", (None,))[0] is optimizer:
+            yield frame
+        frame = frame.f_back
+
+
+def _is_called_from(module: str) -> bool:
+    """Return True if code of ``module`` is on the call stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,219 @@
+"""The decay of one optimizer's weights at a step. It knows no framework and holds no optimizer.
+
+On every step each weight is multiplied by ``1 - shrink``, or moved by ``shrink`` of its distance to
+an anchor: rules -> shrinks -> buckets -> one multi-tensor call.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wd_callbacks.core.cautious import CautiousStep
+from wd_callbacks.core.deferred import Call
+from wd_callbacks.core.groups import Group, own_wd
+from wd_callbacks.core.inplace import below_autograd, lerp_, multiply_, on_device_
+from wd_callbacks.core.layout import Layout, Setup, check_groups, make_layout, updated_params
+from wd_callbacks.core.rules import Shrink
+from wd_callbacks.core.warn import Once
+
+NO_GRADIENT_STEPS = 20  # in a row, after which a warning asks whether this is the right optimizer
+
+
+class Decay:
+    """Decoupled weight decay of the weights of one optimizer.
+
+    Args:
+        setup: The config, and what is known of the model and the run.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.warn = Once(setup.warn)
+        self.setup = replace(setup, warn=self.warn)
+        self.layout = Layout()
+        self.rereads_groups = False  # at the first step
+        self.shrinks: list[Shrink] = []  # of the last step, one per rule
+        self.steps = 0  # that did not raise
+        self.progress = 0.0  # at the last step
+        self._cautious: CautiousStep | None = None  # of the step that is being made
+        self._has_started = False
+        self._without_gradient = 0  # steps in a row
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The coefficient of each rule at the last step."""
+        return [shrink.coefficient for shrink in self.shrinks]
+
+    def decay_(
+        self,
+        groups: Sequence[Group],
+        progress: float,
+        found_inf: Tensor | None = None,
+        needs_grad: bool = True,
+    ) -> None:
+        """Decay every parameter that the step will update, or defer its shrink.
+
+        Args:
+            groups: The optimizer's param groups.
+            progress: Training progress in [0, 1].
+            found_inf: 0-dim tensor, above 0 if the step will be skipped on the device.
+            needs_grad: False to decay parameters whose gradient is still to come, too.
+
+        Raises:
+            ValueError: A coefficient or a shrink is invalid. No weight has changed then.
+        """
+        layout = self.layout_of(groups, needs_grad)
+        shrinks = [rule.shrink(groups[rule.group], progress) for rule in layout.rules]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._check_capture(layout, shrinks)
+        # Nothing has changed up to here, and nothing raises from here on.
+        self.layout, self.shrinks, self.progress = layout, shrinks, progress
+        self.rereads_groups = False
+        self.steps += 1
+        if self.setup.config.cautious:  # the update decides
+            self._cautious = CautiousStep(layout.buckets(), shrinks, found_inf)
+        else:
+            shrink_(layout.calls, shrinks, found_inf)
+        self._observe(groups, found_inf is None)
+
+    def finish_(self) -> None:
+        """Decay what a cautious step leaves until the update is made."""
+        if self._cautious is not None:
+            with below_autograd():
+                self._cautious.decay_()
+            self._cautious = None
+
+    def cancel(self) -> None:
+        """Forget a step that raised."""
+        self._cautious = None
+
+    def release(self) -> None:
+        """Drop every reference to weights, as their optimizer is gone."""
+        self.layout, self._cautious = Layout(), None
+        self.setup.selection.release()
+
+    def layout_of(self, groups: Sequence[Group], needs_grad: bool = True) -> Layout:
+        """Return the layout for a step, the last one unless something has changed since."""
+        params, old = updated_params(groups, needs_grad), self.layout
+        if self.rereads_groups:
+            check_groups(self.setup.config, groups, old)
+            old = Layout(deferred=old.deferred, anchors=old.anchors)
+        if (
+            len(params) == len(old.params)
+            and all(map(operator.is_, params, old.params))
+            and [len(group["params"]) for group in groups] == old.sizes
+            and all(map(Call.is_current, old.calls))
+        ):
+            return old
+        return make_layout(self.setup, groups, params, old)
+
+    def check_max_lr(self) -> None:
+        """Warn of guesses of max_lr that the learning rate has stayed far below so far."""
+        for rule in self.layout.rules:
+            if rule.is_guess and rule.uses_max_lr and 0 < 4 * rule.highest_lr < (rule.max_lr or 0):
+                self.warn(
+                    f"param group {rule.group}: lr has been {rule.highest_lr:g} at most, and "
+                    f"max_lr is {rule.max_lr:g}, a guess from the group, so that {rule.effect} "
+                    f"decays less than it says: give max_lr",
+                    once=("low max_lr", rule.group),
+                )
+
+    def _observe(self, groups: Sequence[Group], is_known: bool) -> None:
+        """Add up what was due in this step, and warn of what the user should know."""
+        layout = self.layout
+        for index in layout.active:
+            layout.rules[index].add_due(self.shrinks[index].amount, is_known)
+        if layout.watched:
+            self._check_lrs()
+        if layout.anchors and not all(layout.rules[index].is_known for index in layout.active):
+            self.warn(
+                "only the device knows each step (lr in a device tensor, or a fused optimizer "
+                "under a GradScaler), so that each is applied at once: weights near their anchor "
+                "move by less than is due. Keep lr a number, or use a foreach optimizer"
+            )
+        if not layout.params:
+            self._count_without_gradient()
+        elif not self._has_started:
+            self._without_gradient, self._has_started = 0, True
+            self._check_start(groups)
+
+    def _check_lrs(self) -> None:
+        """Warn of a max_lr that lr exceeds, or stays far below until the middle of the run."""
+        for rule in self.layout.watched:
+            if rule.highest_lr > (rule.max_lr or math.inf) * (1 + 1e-6):  # schedulers round
+                self.warn(
+                    f"param group {rule.group}: lr / max_lr exceeds 1 (lr {rule.highest_lr:g}, "
+                    f"max_lr {rule.max_lr:g}{', a guess from the group' * rule.is_guess}), so that "
+                    f"{rule.effect} decays more than it says: give max_lr",
+                    once=("high max_lr", rule.group),
+                )
+        if self.progress >= 0.5:
+            self.check_max_lr()
+
+    def _count_without_gradient(self) -> None:
+        self._without_gradient += 1
+        if self._without_gradient == NO_GRADIENT_STEPS:
+            self.warn(
+                f"none of the optimizer's parameters had a gradient in {NO_GRADIENT_STEPS} steps "
+                f"in a row, so that nothing decays: attach to the optimizer that updates the "
+                f"weights (with updates inside backward, one DecoupledWD for each optimizer)"
+            )
+
+    def _check_start(self, groups: Sequence[Group]) -> None:
+        """Warn if the first step that has gradients leaves every weight alone."""
+        config, rules = self.setup.config, self.layout.rules
+        active = [rules[index] for index in self.layout.active]
+        is_zero = config.wd is None and not any(
+            own_wd(groups[rule.group], rule.group) for rule in active
+        )
+        if not active and all(rule.wd == 0 and not rule.is_no_decay for rule in rules):
+            return  # the user asked for it
+        if not active or (is_zero and not self.setup.schedules_own_wd):
+            self.warn(
+                "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
+                "matched by no key of wd, or in a group whose own weight decay, which wd=None "
+                "takes, is 0. Print describe(parameters=True) to see which"
+            )
+
+    def _check_capture(self, layout: Layout, shrinks: Sequence[Shrink]) -> None:
+        """Raise if captured in a CUDA graph whose replays would not decay as they should."""
+        if not (layout.calls and torch.cuda.is_current_stream_capturing()):
+            return
+        if self.setup.config.is_scheduled:
+            raise ValueError(
+                "a CUDA graph would replay the coefficient that it captures, but wd is a schedule: "
+                "capture the steps without the optimizer's, or give wd a number"
+            )
+        for bucket in layout.buckets():
+            amount = shrinks[bucket.rule].amount
+            if not isinstance(amount, Tensor) and 0 < amount < bucket.precision.quantum:
+                raise ValueError(
+                    f"a CUDA graph cannot defer a shrink of {amount:g}, below the quantum: "
+                    f"give quantum=0, or keep lr in a tensor on the device"
+                )
+
+
+def shrink_(
+    calls: Sequence[Call], shrinks: Sequence[Shrink], found_inf: Tensor | None = None
+) -> None:
+    """Shrink the weights in each bucket by what its rule says, or defer that."""
+    with below_autograd():
+        for call in calls:
+            due = []
+            for bucket in call.buckets:
+                shrink = shrinks[bucket.rule]
+                if found_inf is not None or type(shrink.amount) is not float:
+                    on_device_(bucket, shrink, found_inf)
+                    continue
+                now = bucket.take(shrink)  # None: deferred
+                if now is not None:
+                    due.append((bucket, now))
+            if due and call.buckets[0].anchors is None:
+                multiply_(call, due)  # <- the weight decay
+            elif due:
+                lerp_(call, due)

@@ -1,0 +1,331 @@
+"""Decoupled weight decay as a callback of Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from wd_callbacks.core.adapter import Adapter
+from wd_callbacks.core.attach import attach, unwrapped
+from wd_callbacks.core.config import Config
+from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.layout import Setup
+from wd_callbacks.core.rules import Rule
+from wd_callbacks.core.selection import Selection
+from wd_callbacks.core.state import changes, check_entries, is_count
+from wd_callbacks.core.table import Description
+from wd_callbacks.core.warn import warn
+from wd_callbacks.schedules import Run
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+    from transformers import TrainingArguments as Arguments
+    from transformers.trainer_callback import DefaultFlowCallback
+except ImportError as error:
+    raise ImportError(
+        "wd_callbacks.transformers needs transformers and accelerate: "
+        "pip install 'wd_callbacks[transformers]'"
+    ) from error
+
+# Not the name of the class: the Trainer would rebuild the callback without its arguments.
+STATE_KEY = "wd_callbacks.transformers"
+ANCHORS_FILE = "decoupled_wd_anchors.pt"
+
+
+class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
+    """Decays the weights by ``lr * wd`` right before their update, with any optimizer.
+
+    On every step each weight with a gradient is multiplied by ``1 - lr * wd``, and the optimizer
+    makes its update with a weight decay of 0 (Loshchilov & Hutter,
+    https://arxiv.org/abs/1711.05101, Algorithm 2). The Trainer puts biases and norms into a second
+    param group, which does not decay. A run that is resumed from a checkpoint goes on where it was.
+
+    Args:
+        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
+            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
+            param group; a mapping from parameters to these, such as ``{"lm_head*": 0.1, "*":
+            0.01}``, with keys as in ``exclude``, of which the first match counts; or None for
+            ``args.weight_decay``.
+        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+            ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
+            the param group to a number, or a sequence of these, one per group.
+        max_lr: The peak learning rate, above 0, a number or one per group. None: the group's
+            ``max_lr``, else its ``initial_lr`` (``args.learning_rate``), else its ``lr`` when
+            training starts.
+        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+            ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
+            (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
+            full parameter name, a module type or its dotted path, or a predicate
+            ``(name, parameter) -> bool``.
+        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
+            before its first update. Or a mapping from parameter name to tensor, such as a
+            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, only elements decay that the update moves towards the anchor as well
+            (arXiv 2510.12402).
+        quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
+            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+        verbose: If True, print ``describe()`` when training starts, in the main process.
+
+    Raises:
+        TypeError, ValueError: An argument is invalid or, when training starts, does not fit the
+            optimizer. At a step and before a weight has changed: a coefficient is negative, NaN or
+            infinite, or a shrink 1 or more.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> args = TrainingArguments(optim="adamw_torch", weight_decay=0.0, report_to="none")
+        >>> trainer = Trainer(torch.nn.Linear(2, 2), args, callbacks=[DecoupledWD(0.1)])
+    """
+
+    def __init__(
+        self,
+        wd: Any = None,
+        *,
+        scale_by: Any = "lr",
+        max_lr: Any = None,
+        exclude: Any = (),
+        anchor: Any = None,
+        cautious: bool = False,
+        quantum: float | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
+        if self.config.maps_optimizers:
+            raise TypeError(
+                f"wd maps optimizer indices, got {self.config!r}, but a Trainer has one optimizer: "
+                f"give its wd itself"
+            )
+        self._attached: Any = None
+        self._position = _Position()
+        self._steps_logged = 0
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The coefficient at the last step, one per row of ``describe()``."""
+        return [] if self._attached is None else self._attached.decay.coefficients
+
+    def describe(self, parameters: bool = False) -> Description:
+        """Return a table of what the decay does; ``print`` shows it.
+
+        The coefficients are those of the last step; before the first one, those at progress 0.
+
+        Args:
+            parameters: If False, a row per param group (and key of ``wd``). If True, a row per
+                parameter: whether it decays and, if not, why.
+
+        Raises:
+            ValueError: No training has started, or its optimizer is gone.
+        """
+        if self._attached is None:
+            raise ValueError("there is nothing to describe before training has started")
+        description: Description = self._attached.describe(parameters=parameters)
+        return description
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer, and go on from a checkpoint's state."""
+        self._stand_before_reporters(sys._getframe(1).f_locals["self"])
+        self.detach()
+        self._attached = None
+        self._attach(args, state, **kwargs)
+        saved = (state.stateful_callbacks or {}).get(STATE_KEY)
+        if saved is not None:
+            self._load(args, state, saved)
+        elif state.global_step:
+            warn(
+                f"the checkpoint has no state of this DecoupledWD: it was saved after "
+                f"{state.global_step} steps without it, and the decay starts with the next step"
+            )
+        if self.config.verbose and state.is_world_process_zero:
+            print(self.describe())
+
+    def _stand_before_reporters(self, handler: Any) -> None:
+        """Move to where keys that are added to the logs reach every reporter.
+
+        DefaultFlowCallback, which decides whether to save, comes first.
+        """
+        if sum(isinstance(callback, DecoupledWD) for callback in handler.callbacks) > 1:
+            raise ValueError(
+                "this Trainer has two DecoupledWD, which would decay twice: merge them"
+            )
+        handler.callbacks.remove(self)
+        flows = [isinstance(cb, DefaultFlowCallback) for cb in handler.callbacks]
+        handler.callbacks.insert(flows.index(True) + 1 if any(flows) else 0, self)
+
+    def _attach(self, args: Arguments, state: TrainerState, **kwargs: Any) -> None:
+        optimizer, model = unwrapped(kwargs["optimizer"]), kwargs["model"]
+        setup = Setup(
+            self.config,
+            Selection(self.config.exclude, self.config.keys, model),
+            Run(state.max_steps, _steps_per_epoch(args, kwargs["train_dataloader"])),
+            no_decay=[False, True] if _are_trainers(optimizer.param_groups, model) else (),
+        )
+        attached = attach(optimizer, setup, self._position)
+        if self._attached is not None:
+            attached.inherit(self._attached)
+            attached.decay.steps = self._attached.decay.steps
+        self._attached = attached
+
+    def on_step_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the position of the step, and go on with an optimizer that replaced another."""
+        self._position.value = min(state.global_step / state.max_steps, 1.0)
+        if not self._attached.is_of(unwrapped(kwargs["optimizer"])):
+            self.detach()
+            self._attach(args, state, **kwargs)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state where the Trainer saves it."""
+        if control.should_save:
+            self._store(state)
+
+    def on_epoch_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state where the Trainer saves it."""
+        if control.should_save:
+            self._store(state)
+
+    def on_evaluate(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state where the Trainer saves it, if the metric turns out to be the best."""
+        if self._attached is not None and self._attached.is_attached:
+            self._store(state)
+
+    def on_save(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save initial anchors, which are tensors, beside the checkpoint's other files."""
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        anchors = self._attached.state_dict().get("anchors")
+        if anchors is not None and args.should_save and os.path.isdir(folder):
+            torch.save(anchors, os.path.join(folder, ANCHORS_FILE))
+
+    def on_log(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the coefficients of the last step, if it is not logged yet."""
+        decay = None if self._attached is None else self._attached.decay
+        if decay is None or logs is None or decay.steps == self._steps_logged:
+            return
+        self._steps_logged = decay.steps
+        metrics = _metrics(decay)
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the optimizer as the user configured it."""
+        self.detach()
+
+    def detach(self) -> None:
+        """Remove the decay from the optimizer, which is left as you configured it."""
+        if self._attached is not None:
+            self._attached.detach()
+
+    def _store(self, state: TrainerState) -> None:
+        saved = self._attached.state_dict()
+        saved.pop("anchors", None)
+        steps = {"steps": self._attached.decay.steps, "max_steps": state.max_steps}
+        state.stateful_callbacks[STATE_KEY] = {**steps, **saved}
+
+    def _load(self, args: Arguments, state: TrainerState, saved: dict[str, Any]) -> None:
+        check_entries(saved, steps=is_count, max_steps=lambda _: True)
+        if self.config.anchor == "initial":
+            saved = {**saved, "anchors": torch.load(_anchors_file(args, state), weights_only=True)}
+        self._attached.load_state_dict(saved)
+        decay = self._attached.decay
+        decay.steps = self._steps_logged = saved["steps"]
+        is_scheduled = self.config.is_scheduled
+        lengths = {"max_steps": (saved["max_steps"], state.max_steps)} if is_scheduled else {}
+        for message in changes(decay, saved, lengths):
+            decay.warn(message)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies take the arguments along, not the run."""
+        return {"config": self.config, "_attached": None, "_position": _Position()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _steps_logged=0)
+
+
+class _Position:
+    """The training progress of the next step."""
+
+    value = 0.0
+
+    def __call__(self, decay: Decay) -> float:
+        """Return it."""
+        return self.value
+
+
+def _anchors_file(args: Arguments, state: TrainerState) -> str:
+    """Return the file of the initial anchors in the checkpoint that is resumed."""
+    resumed = args.resume_from_checkpoint
+    folders = [resumed] if isinstance(resumed, str) else []
+    folders.append(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+    for folder in folders:
+        path = os.path.join(folder, ANCHORS_FILE)
+        if os.path.isfile(path):
+            return path
+    raise ValueError(
+        f"anchor='initial' needs {ANCHORS_FILE} of the checkpoint, and {folders} lack it: resume "
+        f"from a checkpoint in output_dir, or give anchor a mapping"
+    )
+
+
+def _steps_per_epoch(args: Any, loader: Any) -> int | None:
+    try:
+        steps: int = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        return max(steps, 1)
+    except TypeError:  # it has no length
+        return None
+
+
+def _are_trainers(groups: list[dict[str, Any]], model: nn.Module) -> bool:
+    """Return True for the two param groups that the Trainer makes: the second does not decay."""
+    if len(groups) != 2:
+        return False
+    decaying = set(Trainer.get_decay_parameter_names(None, model))
+    second = {p for name, p in model.named_parameters() if name not in decaying and p.requires_grad}
+    return set(groups[1]["params"]) == second
+
+
+def _metrics(decay: Decay) -> dict[str, float]:
+    """Return the coefficients by name: one for all groups that decay alike, none for no-decay."""
+    is_sequence = not decay.setup.config.keeps_no_decay_groups and decay.setup.config.wd is not None
+    pairs = [
+        (rule, wd)
+        for rule, wd in zip(decay.layout.rules, decay.coefficients)
+        if is_sequence or not decay.layout.groups[rule.group].no_decay
+    ]
+    metrics = {}
+    for rule, wd in pairs:
+        same = [_treatment(*pair) for pair in pairs if pair[0].key == rule.key]
+        are_alike = all(treatment == same[0] for treatment in same)
+        group = "" if are_alike else f"/pg{rule.group + 1}"
+        key = "" if rule.key is None else f"/{rule.key}"
+        metrics[f"wd{group}{key}"] = wd
+    return metrics
+
+
+def _treatment(rule: Rule, coefficient: float) -> Any:
+    wd = coefficient if rule.wd is None else rule.wd
+    return wd, rule.scale_by, rule.max_lr if rule.uses_max_lr else None
