@@ -3,13 +3,16 @@
 In each row the two sides, A and B, are stepped in turn on the same gradients, in random order
 within each pair, so that a change in the machine's speed meets both. A / B is the median of the
 pairs' ratios, with its 95 % interval by bootstrap over the pairs. "sums" is the time of all of A's
-steps over that of B's: what counts where payments are saved up, as most pairs then hold none. The
+steps over that of B's: what counts if the decay is deferred, as most pairs then apply none. The
 first rows, AdamW against itself, show the noise.
 
 The row of fastai's Adam times the step event (before_step, opt.step, after_step) of two Learners
 that are inside a fit. A whole training step is the time from one request for a batch to the next,
 of two fits that go on in turn by a batch each, in threads of their own; on a CPU torch computes
-with one thread in each. Times themselves are printed where they are a GPU's::
+with one thread in each. Times themselves are printed if they are a GPU's.
+
+"Added to a step" is what the decay adds to an optimizer whose own step does nothing, over what the
+hand-written loop takes, with one thread: the least that any user can see::
 
     python benchmarks/step_cost.py                # the GPU if there is one, else the CPU
     python benchmarks/step_cost.py --quick        # few and tiny, to see that it runs
@@ -40,6 +43,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch reads it when it is imp
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
@@ -48,12 +52,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from wd_callbacks.torch import DecoupledWD
 
 LR, WD = 1e-4, 0.1  # a shrink of 1e-5, above the default quantum
-QUANTUM, PERIOD = 1e-3, 101  # one that saves up, and the steps from one payment to the next
+QUANTUM, PERIOD = 1e-3, 101  # one that defers, and the steps from one application to the next
 PAIRS, WARM_UP = 2 * PERIOD, 10
 QUICK_PAIRS, QUICK_MODEL = 3, "3 x 8²"
 SCALARS = 512  # bytes: the least that CUDA's allocator takes
 FOREACH, FUSED = {"foreach": True}, {"fused": True}
 MODELS, TRAINING, BILLION = ("400 x 64²", "30 x 1024²"), "ResNet-18", "239 x 2048²"
+BORING = "BoringModel"
 FASTAI = "fastai's Adam(decouple_wd=True)"
 THIRD_PARTY = ("optimi.AdamW", "pytorch_optimizer.StableAdamW", "pytorch_optimizer.AdamP")
 
@@ -98,12 +103,12 @@ def own(make: Callable[..., Any], **kwargs: Any) -> Recipe:
     return lambda params: make(params, lr=LR, weight_decay=WD, **kwargs).step
 
 
-def decayed(make: Callable[..., Any], quantum: float | None = None, **kwargs: Any) -> Recipe:
-    """An optimizer with DecoupledWD."""
+def decayed(make: Callable[..., Any], options: Any = None, **kwargs: Any) -> Recipe:
+    """An optimizer with DecoupledWD, which takes ``options``."""
 
     def recipe(params: list[nn.Parameter]) -> Step:
         optimizer = make(params, lr=LR, **kwargs)
-        DecoupledWD(optimizer, WD, quantum=quantum)
+        DecoupledWD(optimizer, WD, **(options or {}))
         return optimizer.step
 
     return recipe
@@ -244,8 +249,6 @@ def lightning_training(own_decay: bool, batch: list[Tensor], _: Any) -> Step:
     """Trains with a Trainer and torch's Adam, in the form that Adam chooses by itself."""
     import pytorch_lightning as pl
 
-    from wd_callbacks import lightning
-
     class Classifier(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -259,6 +262,28 @@ def lightning_training(own_decay: bool, batch: list[Tensor], _: Any) -> Step:
                 return AdamW(self.parameters(), LR, weight_decay=WD)
             return Adam(self.parameters(), LR)
 
+    return lightning_fit(own_decay, batch, Classifier)
+
+
+def boring_training(own_decay: bool, batch: list[Tensor], _: Any) -> Step:
+    """Trains a single layer with a Trainer: little else than Lightning's own time."""
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    class Boring(BoringModel):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            if own_decay:
+                return AdamW(self.parameters(), LR, weight_decay=WD)
+            return Adam(self.parameters(), LR)
+
+    return lightning_fit(own_decay, torch.ones(2, 32, device=batch[0].device), Boring)
+
+
+def lightning_fit(own_decay: bool, batch: Any, make: Callable[[], Any]) -> Fit:
+    """A fit by Lightning, with the callback unless the optimizer decays."""
+    import pytorch_lightning as pl
+
+    from wd_callbacks import lightning
+
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of pytorch_lightning too
     trainer = pl.Trainer(
         max_epochs=1,
@@ -270,7 +295,7 @@ def lightning_training(own_decay: bool, batch: list[Tensor], _: Any) -> Step:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return Fit(batch, lambda batches: trainer.fit(Classifier(), batches))
+    return Fit(batch, lambda batches: trainer.fit(make(), batches))
 
 
 # What is compared
@@ -286,15 +311,22 @@ def decay_cases(batch: list[Tensor]) -> Iterable[Case]:
     # Large tensors: the fused step moves 7 words per weight to and from memory, the decay 2.
     targets, ours = {"400 x 64²": 1.25, "30 x 1024²": 1.30}, decayed(Adam, **FUSED)
     yield Case("Adam(fused) + DecoupledWD", ours, "AdamW(fused)", fused, targets)
-    name, ours = f"the same, paid every {PERIOD} steps", decayed(Adam, QUANTUM, **FUSED)
+    name, ours = (
+        f"the same, applied every {PERIOD} steps",
+        decayed(Adam, {"quantum": QUANTUM}, **FUSED),
+    )
     yield Case(name, ours, "AdamW(fused)", fused, 1.02, 3 * PERIOD, sums_count=True)
     yield Case("the decay alone", decayed(Idle), "the hand-written loop", loop(Idle), 0.35)
+    for name, options in (("anchor", {"anchor": "initial"}), ("cautious", {"cautious": True})):
+        ours = decayed(Adam, options, **FOREACH)
+        yield Case(f"Adam(foreach) + DecoupledWD, {name}", ours, "AdamW(foreach)", foreach)
     trained = partial(fastai_training, True, batch)
     yield Case("training step, fastai, AdamW", trained, "itself", trained, models=[TRAINING])
     for name, against, make, target, models in (
         ("fastai's Adam + DecoupledWD", FASTAI, fastai_event, 1.00, MODELS),
         ("training step, fastai", FASTAI, fastai_training, 1.01, [TRAINING]),
         ("training step, Lightning", "AdamW", lightning_training, 1.01, [TRAINING]),
+        ("training step, Lightning", "AdamW", boring_training, None, [BORING]),
     ):
         ours, theirs = (partial(make, own_decay, batch) for own_decay in (False, True))
         yield Case(name, ours, against, theirs, target, models=models)
@@ -328,12 +360,78 @@ def memory_cases() -> Iterable[Case]:
     yield Case("the hand-written loop", loop(Idle), "a step that does nothing", idle)
 
 
+# What the decay adds to a step that does nothing
+
+ADDED = (
+    ("1 x 64²", 1, False, 4.0),
+    ("10 x 64²", 10, False, 2.0),
+    ("62 x 64²", 62, False, 0.7),
+    ("400 x 64²", 400, False, 0.5),
+    ("100 groups of 1 x 64²", 100, True, 1.5),
+    ("464 groups of 1 x 64²", 464, True, 1.5),
+)
+"""Tensors, how many, whether each has a group of its own, and the most that is wanted."""
+
+
+def decay_in_a_loop(optimizer: torch.optim.Optimizer) -> None:
+    """The hand-written loop of fast.ai's article, in place."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.data.add_(p.data, alpha=-WD * group["lr"])
+
+
+def added(count: int, has_groups: bool, target: float, quick: bool) -> dict[str, Any]:
+    """What the decay adds to a step over what the hand-written loop takes."""
+
+    def make() -> torch.optim.Optimizer:
+        params = weights([torch.zeros(64, 64)] * count)
+        return Idle([{"params": [p]} for p in params] if has_groups else params)
+
+    ours, plain, by_hand = make(), make(), make()
+    DecoupledWD(ours, WD)
+    repeats, rounds = (2, 3) if quick else (max(20, 4000 // count), 31)
+    steps = ours.step, plain.step, partial(decay_in_a_loop, by_hand)
+    times = []
+    gc.disable()
+    for _ in range(1 + rounds):  # the first one sets up
+        times.append([time_of(step, repeats) for step in steps])
+    gc.enable()
+    a, b, loop = torch.tensor(times[1:]).double().T
+    ratio = ((a - b) / loop).quantile(0.5).item()
+    return {
+        "added / loop": ratio,
+        "added, µs": 1e6 * (a - b).quantile(0.5).item(),
+        "loop, µs": 1e6 * loop.quantile(0.5).item(),
+        "target": target,
+        "met": ratio <= target,
+    }
+
+
+def time_of(step: Step, repeats: int) -> float:
+    """Seconds of one call, mean over some."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats
+
+
+def added_rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """What the decay adds to steps on a CPU, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for tensors, count, has_groups, target in ADDED:
+        row = {"A": "DecoupledWD", "B": "the hand-written loop", "tensors": tensors}
+        yield {**row, **added(count, has_groups, target, quick)}
+    torch.set_num_threads(threads)
+
+
 # Measuring
 
 
 def gradients(tensors: str, device: str) -> list[Tensor]:
     """Gradients for tensors like ``30 x 1024²``; none where a network comes with its own."""
-    if tensors == TRAINING:
+    if tensors in (TRAINING, BORING):
         return []
     count, width = (int(part.strip("²")) for part in tensors.split(" x "))
     torch.manual_seed(0)
@@ -408,13 +506,14 @@ def compare_memory(case: Case, a: Step, b: Step, device: str, quick: bool) -> di
 
 def measured(case: Case, model: str, compare: Any, device: str, quick: bool) -> dict[str, Any]:
     """The row of a case with one of its models."""
-    tensors = QUICK_MODEL if quick and model != TRAINING else model
+    is_training = model in (TRAINING, BORING)
+    tensors = QUICK_MODEL if quick and not is_training else model
     row: dict[str, Any] = {"A": case.name, "B": case.against, "tensors": tensors}
     threads, sides = torch.get_num_threads(), []
     gc.collect()  # the weights of the last row
     gc.freeze()  # all that is left, or collecting would take longer than measuring
     try:
-        if model == TRAINING:
+        if is_training:
             torch.set_num_threads(1)  # else each fit's thread would have its own pool of them
         grads = gradients(tensors, device)
         sides = [make(weights(grads)) for make in (case.a, case.b)]
@@ -494,14 +593,30 @@ def main() -> None:
         "Bytes that a step allocates, beyond B's": (memory_cases(), compare_memory),
     }
     tables: dict[str, list[dict[str, Any]]] = {title: [] for title in cases}
-    with Console(stderr=True).status("measuring") as status:
-        for title, (listed, compare) in cases.items():
-            for case in filter(lambda case: args.only in case.name, listed):
-                for model in case.models:
-                    status.update(f"{case.name}, {model}")
-                    row = measured(case, model, compare, args.device, args.quick)
-                    tables[title].append(row)
-    gc.unfreeze()
+    rows = [
+        (title, case, model, compare)
+        for title, (listed, compare) in cases.items()
+        for case in listed
+        if args.only in case.name
+        for model in case.models
+    ]
+    console = Console(stderr=True)
+    if not args.quick:
+        console.print("A row takes seconds to a minute, all of them about 20 minutes.")
+    columns = TextColumn("{task.description:<60}"), BarColumn(20), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(rows) + len(ADDED))
+        for title, case, model, compare in rows:
+            progress.update(task, description=f"{case.name}, {model}")
+            tables[title].append(measured(case, model, compare, args.device, args.quick))
+            progress.advance(task)
+        gc.unfreeze()
+        title = "Added to a step that does nothing, one thread"
+        tables[title] = []
+        if args.only in title:
+            for row in added_rows(args.quick):
+                progress.update(task, description=f"{title}, {row['tensors']}", advance=1)
+                tables[title].append(row)
     if args.json:
         told = {"machine": machine(args.device), "quick": args.quick, "tables": tables}
         args.json.write_text(json.dumps(told, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""What attaching the decay says about the optimizers of torch, fastai, timm and other packages.
+"""Compatibility of the optimizers of torch, fastai, timm and other packages.
 
-Each is built for a matrix and a vector, and a ``DecoupledWD`` is attached to
-it; the table lists what was said. What its package cannot build here (for a GPU, or with more
-arguments) is counted, and so is a package that is not installed::
+Each is built for a matrix and a vector, and a ``DecoupledWD`` is attached to it. The table lists
+the warnings and errors. Optimizers that their package cannot build here (for a GPU, or with more
+arguments) are listed below it::
 
-    python scripts/optimizers.py             # a Markdown table, as in docs/optimizers.md
+    python scripts/optimizers.py             # Markdown, as in docs/compatibility.md
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ def of_pytorch_optimizer(module: str) -> Iterator[tuple[str, Make]]:
     yield from ((name, make) for name, make in of_module(module) if make not in known.values())
 
 
+NUMBERS = {
+    r"shrinks weights by [\d.e+-]+ \* lr \* wd": "shrinks weights by N * lr * wd",
+    r"lr\*\*2 / [\d.e+-]+": "lr**2 / N",
+    r"max_lr=[\d.e+-]+": "max_lr=N",
+    r"takes [\d.e+-]+ times": "takes N times",
+}
+"""Numbers in the texts, which differ between optimizers."""
+
 PACKAGES = {
     "torch.optim": of_module,
     "timm.optim": of_timm,
@@ -76,7 +84,7 @@ def build(make: Make) -> Optimizer:
 
 
 def said_of(make: Make) -> str:
-    """What attaching a decay to it says: a refusal, remarks, or nothing."""
+    """The error or the warnings of attaching a decay to it."""
     optimizer = build(make)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -84,15 +92,17 @@ def said_of(make: Make) -> str:
             DecoupledWD(optimizer, 0.1)
         except (TypeError, ValueError) as error:
             return anonymous(f"**refused**: {error}", optimizer)
-    remarks = dict.fromkeys(str(warning.message) for warning in caught)
-    return anonymous("; ".join(remarks), optimizer)
+    texts = dict.fromkeys(str(warning.message) for warning in caught)
+    return anonymous("; ".join(texts), optimizer)
 
 
 def anonymous(said: str, optimizer: Optimizer) -> str:
     """What was said without the optimizer's name and numbers, as it is said of others too."""
     name = type(optimizer).__name__
     said = re.sub(rf"\b(?<!as ){name}('s)?", lambda found: "its" if found[1] else "it", said)
-    return re.sub(r"takes [\d.e-]+ times", "takes N times", said)
+    for pattern, text in NUMBERS.items():
+        said = re.sub(pattern, text, said)
+    return said
 
 
 def said_by_fastai(make: Make) -> str:

@@ -19,6 +19,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+__all__ = ["FastaiCallback", "TrainerCallback"]
+LightningCallback = lightning.pytorch.Callback
 OWN, LR, BATCHES = 0.37, 0.1, 4
 
 
@@ -143,7 +145,3 @@ def at(base, hook, function, order=None, times=1):
 
     attributes = {hook: method} if order is None else {hook: method, "order": order}
     return type("At", (base,), attributes)()
-
-
-LightningCallback = lightning.pytorch.Callback
-__all__ = ["FastaiCallback", "LightningCallback", "TrainerCallback"]

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers import (
+    ADAM,
     INNER_WD,
     caught,
     every_optimizer,
@@ -20,7 +21,6 @@ from helpers import (
 from reference.steps import make_steps, without_wd
 from torch import nn
 
-from wd_callbacks.core.warn import DecoupledWDWarning
 from wd_callbacks.torch import DecoupledWD
 
 STEPS, LR, WD = 6, 0.05, 0.5
@@ -55,9 +55,9 @@ def test_every_optimizer(case, kind):  # P15, P1
     def decay(step):
         by_hand(hand.named_parameters(), anchors, LR * WD)
 
-    make_steps(case, ours, optimizer, STEPS)
-    make_steps(case, hand, without_wd(case, hand.parameters()), STEPS, before=decay)
-    make_steps(case, none, without_wd(case, none.parameters()), STEPS)
+    make_steps(case, ours, optimizer, range(STEPS))
+    make_steps(case, hand, without_wd(case, hand.parameters()), range(STEPS), before=decay)
+    make_steps(case, none, without_wd(case, none.parameters()), range(STEPS))
     torch.testing.assert_close(weights(ours), weights(hand), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(flat(ours), flat(none))
 
@@ -138,16 +138,16 @@ WRONG = [
 
 @pytest.mark.parametrize(("anchor", "options", "message"), WRONG)
 def test_nonsense_is_refused(anchor, options, message):  # P15, P10
-    model = nn.Module()
-    model.weight = parameter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, decay = one(anchor=None)
+    decay.detach()
     with pytest.raises((TypeError, ValueError), match=message):
         DecoupledWD(optimizer, 0.1, anchor=anchor, **{"model": model, **options})
 
 
-@pytest.mark.parametrize(
-    "how", [{"exclude": "1.weight"}, {"wd": {"0.*": 0.1}}, {"wd": {"1.*": 0, "*": 0.1}}]
-)
+HOW = [{"exclude": "1.weight"}, {"wd": {"0.*": 0.1}}, {"wd": {"1.*": 0, "*": 0.1}}]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_only_what_decays_has_an_anchor(how):  # P15
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
     model[2].requires_grad_(False)
@@ -160,6 +160,19 @@ def test_only_what_decays_has_an_anchor(how):  # P15
     wrong = {"0.weight": torch.ones(2, 2), "1.weight": torch.ones(5)}  # as of another class count
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     DecoupledWD(optimizer, **options | {"anchor": wrong})
+
+
+@pytest.mark.parametrize("count", [2, 12])  # few and many calls
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_keys_of_a_mapping_have_anchors_too(count, dtype):  # P14, P15
+    model = nn.ParameterList([parameter(dtype=dtype, value=2.0) for _ in range(count)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    wd = {str(i): (i + 1) / 16 for i in range(count)}
+    anchor = {str(i): ONES for i in range(0, count, 2)}
+    DecoupledWD(optimizer, wd, anchor=anchor, model=model, quantum=0)
+    optimizer.step()
+    expected = [2 - (i + 1) / 16 * (2 if i % 2 else 1) for i in range(count)]
+    assert [p[0].item() for p in model] == pytest.approx(expected, rel=2**-8)
 
 
 # Small distances
@@ -219,14 +232,13 @@ def test_complex(dtype):  # P15
 
 def test_sparse_gradients_decay_the_whole_tensor():  # P2
     model = nn.Embedding(4, 2, sparse=True)
-    anchor = torch.zeros(4, 2)
     optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
-    DecoupledWD(optimizer, 1.0, anchor={"weight": anchor + 1}, model=model)
-    before = model.weight.detach().clone()
+    DecoupledWD(optimizer, 1.0, anchor={"weight": torch.ones(4, 2)}, model=model)
+    expected = model.weight.detach() * 0.9 + 0.1
     model(torch.tensor([0])).sum().backward()
-    with pytest.warns(DecoupledWDWarning, match="sparse"):
-        optimizer.step()
-    torch.testing.assert_close(model.weight.detach()[1:], (before + 0.1 * (1 - before))[1:])
+    _, (message,) = caught(optimizer.step)
+    assert "sparse" in message
+    torch.testing.assert_close(model.weight.detach()[1:], expected[1:])
 
 
 def test_anchors_follow_the_dtype():  # P15
@@ -259,40 +271,30 @@ def test_initial_is_each_parameters_own_first_update():  # P15
 
 @pytest.mark.parametrize("wd", [0.3, 0.003])  # at once, and deferred
 def test_a_resumed_loop_ends_with_the_same_bits(wd, tmp_path):  # P9
-    def start():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        return model, optimizer, DecoupledWD(optimizer, wd, anchor="initial")
+    def start(*states):
+        model = ADAM.model()
+        optimizer = ADAM.build(model.parameters())
+        parts = model, optimizer, DecoupledWD(optimizer, wd, anchor="initial")
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
+        return parts
 
-    def go_on(model, optimizer, steps):
-        for step in steps:
-            optimizer.zero_grad()
-            generator = torch.Generator().manual_seed(step)
-            model(torch.randn(4, 3, generator=generator)).square().mean().backward()
-            optimizer.step()
-        return model
+    def go_on(model, optimizer, decay):
+        return caught(lambda: make_steps(ADAM, model, optimizer, range(5, 20)))[1], model
 
-    model, optimizer, decay = start()
-    go_on(model, optimizer, range(5))
-    states = model.state_dict(), optimizer.state_dict(), decay.state_dict()
-    torch.save(states, tmp_path / "checkpoint.pt")
-    copied = copy.deepcopy([model, optimizer, decay])
-    whole = go_on(model, optimizer, range(5, 20))
-    assert same(go_on(*copied[:2], range(5, 20)), whole)
-    model, optimizer, decay = start()
-    for it, state in zip(
-        (model, optimizer, decay), torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    ):
-        it.load_state_dict(state)
-    assert same(go_on(model, optimizer, range(5, 20)), whole)
-    model, optimizer, decay = start()
-    model.load_state_dict(states[0])
-    optimizer.load_state_dict(states[1])
-    found, messages = caught(lambda: go_on(model, optimizer, range(5, 20)))
-    assert len(messages) == 1
-    assert "load_state_dict" in messages[0]
-    assert not same(found, whole)
+    parts = start()
+    make_steps(ADAM, *parts[:2], range(5))
+    torch.save([part.state_dict() for part in parts], tmp_path / "checkpoint.pt")
+    copies = copy.deepcopy(parts)
+    _, whole = go_on(*parts)
+    assert same(go_on(*copies)[1], whole)
+    states = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    messages, resumed = go_on(*start(*states))
+    assert messages == []
+    assert same(resumed, whole)
+    (message,), forgotten = go_on(*start(*states[:2]))  # that of the decay
+    assert "call load_state_dict" in message
+    assert not same(forgotten, whole)
 
 
 def test_another_anchor_warns():  # P9
@@ -304,7 +306,7 @@ def test_another_anchor_warns():  # P9
     assert message.startswith("anchor was initial in the saved run and is mapping")
     assert "anchors" not in decay.state_dict()  # a mapping is not saved
     optimizer.step()
-    assert model.weight.tolist() == pytest.approx([2.8] * 2)
+    assert values(model) == [2.8] * 2
 
 
 # Frameworks
@@ -312,7 +314,6 @@ def test_another_anchor_warns():  # P9
 
 def test_lightning(package, tmp_path):  # P9, P15
     from lightning_helpers import LR, adam, fit
-    from torch.optim import Adam
 
     from wd_callbacks.lightning import DecoupledWD
 
@@ -321,25 +322,18 @@ def test_lightning(package, tmp_path):  # P9, P15
             if trainer.global_step == 5:
                 trainer.save_checkpoint(tmp_path / "at.ckpt", weights_only=False)
 
-    class ByHand(Adam):
-        anchors = None
+    class ByHand(package.Callback):
+        def on_train_start(self, trainer, module):
+            self.anchors = {name: p.detach().clone() for name, p in module.named_parameters()}
 
-        def step(self, closure):
-            with torch.enable_grad():
-                loss = closure()
-            params = self.param_groups[0]["params"]
-            self.anchors = self.anchors or [p.detach().double().clone() for p in params]
-            for p, anchor in zip(params, self.anchors):
-                wide = p.data.double()
-                p.data.copy_(wide - LR * 1.0 * (wide - anchor))
-            super().step()
-            return loss
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            by_hand(module.named_parameters(), self.anchors, LR * 1.0)
 
     def decay():
         return DecoupledWD(1.0, anchor="initial")
 
     whole = fit(package, adam, decay(), Saves())
-    hand = fit(package, lambda module: ByHand(module.parameters(), lr=LR))
+    hand = fit(package, lambda module: adam(module, weight_decay=0), ByHand())
     torch.testing.assert_close(weights(whole), weights(hand), rtol=1e-4, atol=1e-6)
     assert same(fit(package, adam, decay(), resume=tmp_path / "at.ckpt"), whole)
     assert not same(fit(package, adam), whole)

@@ -47,7 +47,7 @@ def test_every_optimizer(case, anchored):  # P16, P1
         options = {"cautious": True, "anchor": anchors or None, "model": model}
         DecoupledWD(optimizer, WD, **options)
         with_closure = model is closed and not case.sparse
-        make_steps(case, model, optimizer, STEPS, closure=with_closure)
+        make_steps(case, model, optimizer, range(STEPS), closure=with_closure)
 
     before = {}
 
@@ -58,8 +58,8 @@ def test_every_optimizer(case, anchored):  # P16, P1
         for name, p in hand.named_parameters():
             by_hand(p, before[name], anchors.get(name, 0.0), LR * WD)
 
-    make_steps(case, hand, without_wd(case, hand.parameters()), STEPS, note, decay)
-    make_steps(case, none, without_wd(case, none.parameters()), STEPS)
+    make_steps(case, hand, without_wd(case, hand.parameters()), range(STEPS), note, decay)
+    make_steps(case, none, without_wd(case, none.parameters()), range(STEPS))
     for model in (ours, closed):
         torch.testing.assert_close(weights(model), weights(hand), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(flat(ours), flat(none))

@@ -161,6 +161,17 @@ FORMS = [
     ("wd", spec("Timescale", epochs=3), Timescale(epochs=3)),
     ("wd", spec("Timescale", steps=100), Timescale(steps=100)),
     ("wd", "torch.relu", torch.relu),
+    ("wd", {"backbone.*": 0.05, "*": 0}, {"backbone.*": 0.05, "*": 0}),
+    (
+        "wd",
+        {"head.*": COSINE, "torch.nn.LayerNorm": 0.0, "*": 1e-4},
+        {"head.*": Cosine(0.1, 0.01), "torch.nn.LayerNorm": 0.0, "*": 1e-4},
+    ),
+    (
+        "wd",
+        {"bias": spec("Steps", values={0.0: 0.1, 0.5: 0.01}), "vector": LINEAR},
+        {"bias": Steps({0.0: 0.1, 0.5: 0.01}), "vector": Linear(0, 0.1)},
+    ),
     ("scale_by", "lr_ratio", "lr_ratio"),
     ("scale_by", "none", "none"),
     ("scale_by", ["lr", "none"], ["lr", "none"]),
@@ -170,7 +181,11 @@ FORMS = [
     ("quantum", 0, 0),
     ("quantum", 1e-6, 1e-6),
     ("verbose", True, True),
+    ("cautious", True, True),
+    ("anchor", "initial", "initial"),
+    ("anchor", None, None),
     ("exclude", "bias", "bias"),
+    ("exclude", ["vector", "marked"], ["vector", "marked"]),
     ("exclude", ["bias", "torch.nn.LayerNorm"], ["bias", "torch.nn.LayerNorm"]),
     ("exclude", ["*.bias", "layer.weight"], ["*.bias", "layer.weight"]),
     ("optimizers", 0, 0),
@@ -217,6 +232,7 @@ OVERRIDES = [
     (["wd=null"], None),
     (["wd=[0.2, 0.3]"], [0.2, 0.3]),
     (["wd={0: 0.2}"], {0: 0.2}),
+    (["wd={head.*: 0.2}"], {"head.*": 0.2}),
     (["wd=wd_callbacks.schedules.Linear", "wd.start=0", "wd.end=1"], Linear(0, 1)),
 ]
 
@@ -239,6 +255,10 @@ WRONG = [
     ("wd", "fast", "fast"),
     ("wd", spec("Linear", start=0.1, end=-1), "end.* -1"),
     ("wd", spec("Linear", start=0.1, stop=0), "stop"),
+    ("wd", {"*": -1}, "wd.* -1"),
+    ("wd", {"*": 0.1, 0: 0.1}, "wd"),
+    ("anchor", "zero", "initial"),
+    ("cautious", "maybe", "cautious"),
     ("scale_by", "lrs", "lr_ratio"),
     ("optimizers", -1, "optimizers"),
 ]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import schedulefree
 import torch
-from optimizers import every_optimizer
+from helpers import every_optimizer
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -844,15 +844,49 @@ def test_decoupled_wd_warns_once_if_any_group_follows_the_lr(cls, scale_by, warn
     assert all("at any learning rate" in warning for warning in found)
 
 
-@pytest.mark.parametrize("build", [lambda p: SAM([p], lr=0.1), lambda p: WithoutHooks(sgd([p]))])
-def test_decoupled_wd_raises_before_it_attaches(build):  # P5, P10
-    optimizer = build(nn.Parameter(torch.ones(2)))
-    with pytest.raises(ValueError, match="attach to its 'base'"):
-        attach(optimizer)
+class LightningOptimizer:
+    """Named as Lightning's wrapper."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+NO_OPTIMIZER = r"must be a torch\.optim\.Optimizer, got "
+AS_CALLBACK = "import DecoupledWD from wd_callbacks.fastai, "
+REFUSED = [
+    (lambda ps: SAM(ps, lr=0.1), ValueError, "attach to its 'base'"),
+    (lambda ps: WithoutHooks(sgd(ps)), ValueError, "attach to its 'base'"),
+    (lambda ps: LightningOptimizer(WithoutHooks(sgd(ps))), ValueError, "WithoutHooks.*'base'"),
+    (lambda ps: LightningOptimizer(None), TypeError, f"{NO_OPTIMIZER}NoneType"),
+    (lambda ps: SGD, TypeError, f"{NO_OPTIMIZER}type"),
+    (lambda ps: [sgd(ps)], TypeError, f"{NO_OPTIMIZER}list"),
+    (lambda ps: 1e-4, TypeError, f"{NO_OPTIMIZER}float.*{AS_CALLBACK}"),
+    (
+        lambda ps: torch.optim.lr_scheduler.ConstantLR(sgd(ps)),
+        TypeError,
+        f"{NO_OPTIMIZER}ConstantLR",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), REFUSED)
+def test_decoupled_wd_raises_before_it_attaches(build, error, message):  # P5, P10
+    thing = build([nn.Parameter(torch.ones(2))])
+    with pytest.raises(error, match=message):
+        attach(thing)
+    optimizer = getattr(thing, "optimizer", thing)
     assert not getattr(optimizer, "_optimizer_step_pre_hooks", None)
 
 
-@pytest.mark.parametrize("build", [lambda p: WSAM([p], lr=0.1), lambda p: Lookahead([p])])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: WSAM([p], lr=0.1),
+        lambda p: Lookahead([p]),
+        lambda p: Copies([p], lr=0.1),
+        lambda p: CopiesOfMatrices([p], lr=0.1),
+    ],
+)
 def test_decoupled_wd_decays_in_a_wrapper_that_keeps_it(build):  # P1, P5
     p = nn.Parameter(torch.ones(2))
     optimizer = build(p)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from fastai.callback.schedule import SchedCos
+from fastai.callback.schedule import ParamScheduler, SchedCos
 from lightning.pytorch.callbacks import LearningRateFinder
 from still import (
     FastaiCallback,
@@ -36,10 +36,6 @@ from wd_callbacks.torch import DecoupledWD
 from wd_callbacks.transformers import DecoupledWD as TrainerWD
 
 STEPS = 40
-HALF_WAY = {
-    "hand": lambda i: 6e-4 * min(1, (i + 1) / 10),
-    "constant": lambda i: 6e-4,
-}
 
 
 def still(**group):
@@ -160,25 +156,20 @@ class Scheduled(StillModule):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_lightning_knows_the_peak_of_its_schedulers(name):
-    decay, shortest = LightningWD(Timescale(steps=1000)), []
+    decay, lrs, shortest = LightningWD(Timescale(steps=1000)), [], []
 
-    def note(_, trainer, *args):
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        before.append(lr)
-        shortest.append(1 / (decay.coefficients[0][0] * before[-2]))
+    def before(_, trainer, *args):
+        lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    before = [0.0]
-    first = at(
-        LightningCallback,
-        "on_train_batch_start",
-        lambda _, trainer, *args: before.append(trainer.optimizers[0].param_groups[0]["lr"]),
-        times=1,
-    )
-    rec = at(LightningCallback, "on_train_batch_end", lambda *args: note(*args), times=99)
-    first.on_train_batch_start = lambda trainer, *args: before.append(
-        trainer.optimizers[0].param_groups[0]["lr"]
-    )
-    lightning_trainer(decay, first, rec, epochs=4).fit(Scheduled(SCHEDULERS[name]))
+    def after(*args):
+        shortest.append(1 / (decay.coefficients[0][0] * lrs[-1]))
+
+    watch = [
+        at(LightningCallback, "on_train_batch_start", before),
+        at(LightningCallback, "on_train_batch_end", after),
+    ]
+    lightning_trainer(decay, *watch, epochs=4).fit(Scheduled(SCHEDULERS[name]))
+    assert len(shortest) == 16
     assert min(shortest) >= 990
 
 
@@ -240,7 +231,5 @@ def test_a_rate_that_a_fastai_callback_raises_warns():
 def test_fastai_s_schedule_of_lr_is_no_guess():
     decay = FastaiWD(Timescale(steps=100))
     learn = learner(decay)
-    from fastai.callback.schedule import ParamScheduler
-
     quietly(learn, "fit", 2, 0.1, cbs=ParamScheduler({"lr": SchedCos(0.3, 0.01)}))
     assert decay.describe()[0].max_lr == pytest.approx(0.3)

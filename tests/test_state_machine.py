@@ -336,7 +336,10 @@ class Observer:
 
 
 CHANGED = re.compile(r"(\w+) was .* in the saved run and is .* in this one", re.DOTALL)
-ALLOWED = re.compile("no-decay|max_lr|nothing decays|does not name|total_steps|load_state_dict")
+ALLOWED = re.compile(
+    "no-decay|max_lr|nothing decays|does not name|total_steps|load_state_dict|only vectors"
+    "|own weight decay shrinks"
+)
 
 
 @contextlib.contextmanager
@@ -402,7 +405,10 @@ class Machine(stateful.RuleBasedStateMachine):
         self.save()
 
     def attach_to(self, run, arguments):
-        """Attaches a decay with nothing deferred, and starts the reference anew."""
+        """Attaches a decay with nothing deferred, and starts the reference anew.
+
+        Returns False if it is refused.
+        """
         if arguments["wd"] is None and not self.has_own_wd:
             arguments = {**arguments, "wd": 0.01}
         arguments = {
@@ -411,18 +417,25 @@ class Machine(stateful.RuleBasedStateMachine):
             else value
             for name, value in arguments.items()
         }
-        with warnings_of_changes():
-            run.decay = DecoupledWD(run.optimizer, model=run.model, **arguments)
         reference = {name: value for name, value in arguments.items() if name != "exclude"}
         reference["excluded"] = frozenset(EXCLUDED[arguments["exclude"]])
         lrs = [group["lr"] if type(group["lr"]) is float else 0.0 for group in run.groups]
         reference["lrs_at_attaching"] = lrs
-        self.expected = Expected(
+        new = Expected(
             arguments,
             copy.deepcopy(options(run.groups)),
             ReferenceDecay(**reference),
             [Totals() for _ in params_of(run.optimizer)],
         )
+        try:
+            with warnings_of_changes():
+                run.decay = DecoupledWD(run.optimizer, model=run.model, **arguments)
+        except ValueError:
+            with pytest.raises(RefusedError):  # a max_lr of 0 is refused here or at the first step
+                copy.deepcopy(new.reference).step(new.groups, run.seen())
+            return False
+        self.expected = new
+        return True
 
     @property
     def is_attached(self):
@@ -665,7 +678,8 @@ class Machine(stateful.RuleBasedStateMachine):
         if optimizer_first:
             run.optimizer.load_state_dict(optimizer)
         current = self.expected
-        self.attach_to(run, arguments or saved.arguments)
+        if not self.attach_to(run, arguments or saved.arguments):
+            return
         if not optimizer_first:
             run.optimizer.load_state_dict(optimizer)
         self.expected.groups = copy.deepcopy(saved.groups)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wd_callbacks.core import table
 from wd_callbacks.core.adapter import Adapter
-from wd_callbacks.core.attach import checked
+from wd_callbacks.core.attach import checked, decays_first
 from wd_callbacks.core.compat import check_compatible
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
@@ -306,7 +306,8 @@ class _ArmedStep:
         search_ends = functools.partial(_end_search, weakref.ref(callback.learn))
         groups = functools.partial(_groups_of, weakref.ref(opt))
         self.decay = decay
-        self._step = Step(decay, groups, callback._position, on_divergence=search_ends)
+        first = decays_first(opt.opt if isinstance(opt, OptimWrapper) else opt, decay)
+        self._step = Step(decay, groups, callback._position, first, search_ends)
         self._opt = weakref.ref(opt, lambda _: decay.release())
         self._callback = weakref.ref(callback)
         self._replaced = vars(opt).get("step")

@@ -52,25 +52,27 @@ def _bases() -> tuple[type, ...]:
     Each Trainer takes its own package's callbacks, and importing a package that is not in use would
     redirect the log messages of the other.
     """
-    in_use = [package for package in PACKAGES if package in sys.modules]
-    for package in in_use or PACKAGES:
-        if in_use:
-            break
-        levels = {name: logging.getLogger(name).level for name in (*PACKAGES, "lightning")}
+    in_use = [package for package in PACKAGES if sys.modules.get(package) is not None]
+    in_use = in_use or [_first_installed()]
+    return tuple(sys.modules[package].Callback for package in in_use)
+
+
+def _first_installed() -> str:
+    """Import a Lightning package, and return its name; the levels of loggers stay as they are."""
+    levels = {name: logging.getLogger(name).level for name in (*PACKAGES, "lightning")}
+    for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError:
             continue
-        in_use = [package]
         for name, level in levels.items():
             if level != logging.NOTSET:  # set by the user
                 logging.getLogger(name).setLevel(level)
-    if not in_use:
-        raise ImportError(
-            "wd_callbacks.lightning needs pytorch-lightning or lightning: "
-            "pip install 'wd_callbacks[lightning]'"
-        )
-    return tuple(sys.modules[package].Callback for package in in_use)
+        return package
+    raise ImportError(
+        "wd_callbacks.lightning needs pytorch-lightning or lightning: "
+        "pip install 'wd_callbacks[lightning]'"
+    )
 
 
 BASES = _bases()

@@ -46,9 +46,10 @@ learner(pretrained, loaders(1400, shift=0)).fit_one_cycle(5, 1e-2)
 
 results = {}
 for anchor in (None, "initial"):
+    torch.manual_seed(1)
     model = copy.deepcopy(pretrained)
     model[1].reset_parameters()  # a new head
-    learn, decay = learner(model, loaders(100, shift=1)), DecoupledWD(1.0, anchor=anchor)
+    learn, decay = learner(model, loaders(100, shift=1)), DecoupledWD([10.0, 0.1], anchor=anchor)
     learn.fine_tune(8, 1e-2, lr_mult=10, cbs=decay)  # the body at a tenth of the head's lr
     print(decay.describe(parameters=True))
     moved = torch.dist(nn.utils.parameters_to_vector(model[0].parameters()),

@@ -14,7 +14,7 @@ from wd_callbacks.schedules import Cosine, Linear
 from wd_callbacks.torch import DecoupledWD
 
 BATCHES, EVERY = 60, 4
-VARIANTS = ("two optimizers", "bfloat16", "overflow")
+VARIANTS = ("two optimizers", "anchors and keys", "bfloat16", "overflow")
 
 OWN = {"weight_decay": 0.37}  # any use or loss of it changes the weights
 
@@ -54,6 +54,12 @@ class Training:
             ours = [
                 {"wd": Cosine(0.06, 0.02), "exclude": "bias"},
                 {"wd": [0.4, Linear(0.1, 0.3)]},
+            ]
+        elif variant == "anchors and keys":
+            keys = {"trunk.*": Cosine(0.06, 0.02), "*": 0.01}
+            ours = [
+                {"wd": keys, "anchor": "initial"},
+                {"wd": {"*.bias": 0.1, "*": Linear(0.1, 0.3)}, "cautious": True},
             ]
         else:
             ratio = {"scale_by": "lr_ratio", "quantum": 3e-3, "exclude": ["bias", "norm"]}

@@ -14,13 +14,13 @@ def make_steps(case, model, optimizer, steps, before=nothing, after=nothing, clo
         case: A row of ``helpers.CASES``.
         model: That of the case.
         optimizer: Of its parameters.
-        steps: How many.
+        steps: Their indices.
         before: Called with the index of the step when the gradients are there, before the update.
             With a closure they are not there yet, as with LBFGS, which decays first (P1).
         after: Called after the update.
         closure: Whether the optimizer evaluates the batch itself.
     """
-    for step in range(steps):
+    for step in steps:
 
         def evaluate(step=step):
             optimizer.zero_grad()

@@ -78,10 +78,9 @@ class Attached:
         on_divergence: Callable[[], bool] | None = None,
     ) -> None:
         groups = functools.partial(_groups, weakref.ref(optimizer))
-        # LBFGS takes loss, gradient and line search of a step from the same weights.
-        decays_first = isinstance(optimizer, LBFGS) and not decay.setup.config.cautious
         self.decay = decay
-        self._step = Step(decay, groups, progress, decays_first, on_divergence)
+        first = decays_first(optimizer, decay)
+        self._step = Step(decay, groups, progress, first, on_divergence)
         self._optimizer = weakref.ref(optimizer, lambda _: decay.release())
         self._on_start = on_start
         self._depth = 0  # of `step` calls: one may call `super().step()`
@@ -193,6 +192,11 @@ class Attached:
 
     def _before_state_dict(self, _: Optimizer) -> None:
         self.settle()
+
+
+def decays_first(optimizer: Any, decay: Decay) -> bool:
+    """Return True for LBFGS, whose loss, gradient and line search should see the same weights."""
+    return isinstance(optimizer, LBFGS) and not decay.setup.config.cautious
 
 
 def checked(optimizer: Any) -> Optimizer:

@@ -131,7 +131,7 @@ def _instead(thing: Any) -> str:
     inner = _inner_name(thing)
     if inner is None or not hasattr(thing, "param_groups"):
         return ""
-    if type(thing).__module__.startswith("deepspeed"):
+    if "deepspeed" in f"{type(thing).__module__}.{type(thing).__name__}".lower():
         return (
             ", and DeepSpeed may update other copies of the weights than its 'optimizer' holds: "
             "use AdamW's own weight decay, or shard with torch's fully_shard (Lightning's "

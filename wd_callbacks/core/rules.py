@@ -135,11 +135,13 @@ class Rule:
                 return Shrink(coefficient, amount, factor)
             amount, factor = amount.item(), factor.item()
         if not 0 <= amount < 1:
-            raise ValueError(
+            error = ValueError(
                 f"param group {self.group}: a step would shrink its weights by {amount:g}, "
                 f"expected at least 0 and below 1 (lr {group.get('lr')}, wd {coefficient:g}, "
                 f"scale_by {self.scale_by!r}): lower one of them"
             )
+            vars(error)["diverges"] = amount >= 1  # which ends a search for a learning rate
+            raise error
         return Shrink(coefficient, amount, factor)
 
     def scale(self, group: Group) -> Any:

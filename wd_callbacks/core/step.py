@@ -23,8 +23,8 @@ class Step:
         groups: Returns the optimizer's param groups.
         progress: Returns the training progress in [0, 1] of the step that is about to be made.
         decays_first: Whether a step with a closure decays before the first evaluation.
-        on_divergence: Called if a shrink is refused, as 1 or more; True if that ends a search for
-            a learning rate, so that nothing is raised.
+        on_divergence: Called if a shrink is 1 or more; True if that ends a search for a learning
+            rate, so that nothing is raised.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class Step:
         progress = self._progress(self.decay)
         try:
             self.decay.decay_(groups, progress, found_inf, not self._decays_first)
-        except ValueError:
-            if self._on_divergence is None or not self._on_divergence():
+        except ValueError as error:
+            diverges = vars(error).get("diverges", False)
+            if not diverges or self._on_divergence is None or not self._on_divergence():
                 raise
 
     def _wrapped(self, closure: Callable[..., Any], found_inf: Tensor | None) -> Callable[..., Any]:
