@@ -7,17 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    ADAM,
-    INNER_WD,
-    caught,
-    every_optimizer,
-    flat,
-    parameter,
-    same,
-    weights,
-    zero_gradients,
-)
+from helpers import ADAM, INNER_WD, caught, every_optimizer, flat, same, weights, zero_gradients
 from reference.steps import make_steps, without_wd
 from torch import nn
 
@@ -32,9 +22,6 @@ def by_hand(named, anchors, shrink):
         if p.requires_grad:
             anchor = anchors.get(name, torch.zeros_like(p))
             p.data.copy_(p.data - shrink * (p.data - anchor))
-
-
-# Against a loop by hand in float64
 
 
 @pytest.mark.filterwarnings("ignore::wd_callbacks.core.warn.DecoupledWDWarning")  # lambd, sparse
@@ -60,9 +47,6 @@ def test_every_optimizer(case, kind):  # P15, P1
     make_steps(case, none, without_wd(case, none.parameters()), range(STEPS))
     torch.testing.assert_close(weights(ours), weights(hand), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(flat(ours), flat(none))
-
-
-# Single weights that only decay
 
 
 def one(value=1.0, *, anchor, dtype=torch.float64, lr=0.1, wd=1.0, **options):
@@ -117,12 +101,11 @@ def test_prefixes_of_wrappers_do_not_count(prefix, wrap):  # P12
 
 
 def test_tied_parameters_go_by_any_name():  # P15
-    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
-    model["b"].weight = model["a"].weight
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    decay = DecoupledWD(optimizer, 1.0, anchor={"b.weight": torch.ones(2, 2)}, model=model)
-    (row,) = decay.describe(parameters=True)
-    assert row.anchor == "given"
+    model, optimizer, decay = one(anchor=None)
+    decay.detach()
+    model.other = model.weight
+    decay = DecoupledWD(optimizer, 1.0, anchor={"other": ONES}, model=model)
+    assert decay.describe(parameters=True)[0].anchor == "given"
 
 
 WRONG = [
@@ -130,7 +113,6 @@ WRONG = [
     ({"wieght": ONES}, {}, "anchor names no parameter.*'wieght'.*'weight'"),
     ({"weight": torch.ones(3)}, {}, r"anchor\['weight'\] has shape \(3,\).*\(2,\)"),
     ({"weight": 1.0}, {}, r"anchor\['weight'\] is 1.0, expected a tensor"),
-    ("start", {}, "anchor must be None, 'initial' or a mapping"),
     (ONES, {}, "anchor must be None, 'initial' or a mapping"),
     ({"weight": ONES}, {"model": None}, "anchor needs the names.*give model"),
 ]
@@ -165,17 +147,15 @@ def test_only_what_decays_has_an_anchor(how):  # P15
 @pytest.mark.parametrize("count", [2, 12])  # few and many calls
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_keys_of_a_mapping_have_anchors_too(count, dtype):  # P14, P15
-    model = nn.ParameterList([parameter(dtype=dtype, value=2.0) for _ in range(count)])
+    model = nn.ParameterList([torch.full((2,), 2.0, dtype=dtype) for _ in range(count)])
+    zero_gradients(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     wd = {str(i): (i + 1) / 16 for i in range(count)}
-    anchor = {str(i): ONES for i in range(0, count, 2)}
+    anchor = {str(i): i * ONES for i in range(0, count, 2)}
     DecoupledWD(optimizer, wd, anchor=anchor, model=model, quantum=0)
     optimizer.step()
-    expected = [2 - (i + 1) / 16 * (2 if i % 2 else 1) for i in range(count)]
+    expected = [2 - (i + 1) / 16 * (2 if i % 2 else 2 - i) for i in range(count)]
     assert [p[0].item() for p in model] == pytest.approx(expected, rel=2**-8)
-
-
-# Small distances
 
 
 SINGLE = [(distance, shrink) for distance in (1, 0.1, 0.01, 1e-3) for shrink in (1e-3, 1e-5, 1e-7)]
@@ -202,11 +182,10 @@ def test_what_is_applied_is_what_was_due(dtype, quantum, distance, shrink):  # P
     steps = min(int(max(3, 3.5 * quantum / shrink)), 12_000)
     for _ in range(steps):
         optimizer.step()
-    (((log,),),) = (decay.state_dict()["owed"],)
+    log = decay.state_dict()["owed"][0][0]
     assert -math.expm1(-log) < quantum
     due = -steps * math.log1p(-shrink) - log
     assert -torch.log(mean() / before) == pytest.approx(due, rel=0.02)
-    assert mean() < before
 
 
 def test_steps_that_only_the_device_knows_warn():  # P15, P1
@@ -218,9 +197,6 @@ def test_steps_that_only_the_device_knows_warn():  # P15, P1
     optimizer.found_inf.fill_(1)
     optimizer.step()
     assert values(model) == [1.81] * 2
-
-
-# Kinds of parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
@@ -252,7 +228,8 @@ def test_anchors_follow_the_dtype():  # P15
 
 
 def test_initial_is_each_parameters_own_first_update():  # P15
-    model = nn.ParameterList([parameter(dtype=torch.float64) for _ in range(2)])
+    model = nn.ParameterList([torch.ones(2, dtype=torch.float64) for _ in range(2)])
+    zero_gradients(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     DecoupledWD(optimizer, 1.0, anchor="initial")
     model[1].grad = None
@@ -264,9 +241,6 @@ def test_initial_is_each_parameters_own_first_update():  # P15
             model[1].grad = torch.zeros(2, dtype=torch.float64)
     assert model[0].tolist() == pytest.approx([4 - 0.2] * 2)  # since 2.0
     assert model[1].tolist() == [4.0] * 2  # since this step
-
-
-# Saved states
 
 
 @pytest.mark.parametrize("wd", [0.3, 0.003])  # at once, and deferred
@@ -320,7 +294,7 @@ def test_lightning(package, tmp_path):  # P9, P15
     class Saves(package.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 5:
-                trainer.save_checkpoint(tmp_path / "at.ckpt", weights_only=False)
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
 
     class ByHand(package.Callback):
         def on_train_start(self, trainer, module):
@@ -339,11 +313,8 @@ def test_lightning(package, tmp_path):  # P9, P15
     assert not same(fit(package, adam), whole)
 
 
-NAMES = ["SGD", "RMSProp", "Adam", "RAdam", "QHAdam", "Larc", "Lamb", "ranger"]
-
-
 @pytest.mark.parametrize("kind", ["initial", "mapping"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "RMSProp", "Adam", "QHAdam", "Larc", "Lamb", "ranger"])
 def test_fastai(name, kind):  # P15
     optimizer = pytest.importorskip("fastai.optimizer")
     from fastai_helpers import DecayByHand, learner

@@ -21,9 +21,6 @@ STEPS, LR = 6, 0.1
 FADES = Cosine(0.1, 0)
 
 
-# Against param groups made by hand
-
-
 @pytest.mark.filterwarnings("ignore::wd_callbacks.core.warn.DecoupledWDWarning")  # lambd, sparse
 @every_optimizer
 def test_equals_param_groups_by_hand(case):  # P14
@@ -44,9 +41,6 @@ def test_equals_param_groups_by_hand(case):  # P14
     make_steps(case, hand, without_wd(case, groups), range(STEPS), before=decay)
     make_steps(case, none, without_wd(case, none.parameters()), range(STEPS))
     assert [same(ours, it) for it in models] == [True, True, False]
-
-
-# What a key selects
 
 
 class Block(nn.Module):
@@ -79,7 +73,6 @@ def measured(model, wd, optimizer=None, steps=1, **options):
 
 
 BIASES = {"block.linear.bias", "block.norm.bias", "head.bias"}
-VECTORS = {*BIASES, "block.norm.weight"}
 LINEAR = {name for name in NAMES if "linear" in name or "head" in name}
 
 KEYS = [
@@ -87,7 +80,7 @@ KEYS = [
     ("norm", {"block.norm.weight", "block.norm.bias"}),
     ("embedding", {"embed.weight"}),
     ("marked", {"block.linear.bias"}),
-    ("vector", VECTORS),
+    ("vector", {*BIASES, "block.norm.weight"}),
     ("head.*", {"head.weight", "head.bias"}),
     (nn.Linear, LINEAR),
     ("torch.nn.Linear", LINEAR),
@@ -113,6 +106,8 @@ RULES = [
     ({"head.*": 0.8}, {"scale_by": "lr_squared", "max_lr": 0.4}, HEAD),
     ({"head.*": 0.02}, {"scale_by": "none"}, HEAD),
     ({"head.*": 0.4}, {"scale_by": lambda group: group["lr"] / 2}, HEAD),
+    (collections.UserDict({"head.*": torch.tensor(0.2)}), {}, HEAD),  # as OmegaConf's
+    (types.MappingProxyType({"head.*": 0.2}), {}, HEAD),
 ]
 
 
@@ -156,9 +151,6 @@ def test_types_of_one_name_are_told_apart():  # P14
     assert found == {"0.weight": 0.1, "1.weight": 0.2}
 
 
-# No-decay groups
-
-
 def grouped(model, head_wd):
     head = list(model["head"].parameters())
     rest = [p for name, p in model.named_parameters() if "head" not in name]
@@ -166,11 +158,10 @@ def grouped(model, head_wd):
     return torch.optim.SGD(groups, lr=LR, weight_decay=INNER_WD)
 
 
-NO_DECAY = r"key 'head.\*'.*no-decay"
-GROUPS = [  # the weight decay of the head's group, keys, what the head gets, warning
-    (0, {"*": 0.2}, 0, []),
-    (0, {"head.*": 0.1, "*": 0.2}, 0, [NO_DECAY]),
-    (0.5, {"head.*": 0.1, "*": 0.2}, 0.1, []),
+GROUPS = [  # the weight decay of the head's group, keys, what the head gets, number of warnings
+    (0, {"*": 0.2}, 0, 0),
+    (0, {"head.*": 0.1, "*": 0.2}, 0, 1),
+    (0.5, {"head.*": 0.1, "*": 0.2}, 0.1, 0),
 ]
 
 
@@ -179,23 +170,19 @@ def test_no_decay_groups_win(own, wd, expected, warnings):  # P14
     model = network()
     found, messages = caught(lambda: measured(model, wd, grouped(model, own), steps=3))
     assert found == {name: expected if "head" in name else 0.2 for name in NAMES}
-    assert len(messages) == len(warnings)
-    assert all(map(re.search, warnings, messages))
-
-
-# Nonsense
+    assert [re.search(r"key 'head.\*'.*no-decay", it) is None for it in messages] == [
+        False
+    ] * warnings
 
 
 WRONG = [
     ({}, ValueError, "empty mapping"),
     ({"hed.*": 0.1}, ValueError, "key of wd 'hed.*' matches no parameter.*'head.bias'"),
     ({"head.*": -1}, ValueError, r"wd\['head.\*'\].*at least 0"),
-    ({"head.*": [0.1, 0.2]}, TypeError, r"wd\['head.\*'\]"),
     ({"head.*": None}, TypeError, r"wd\['head.\*'\]"),
     ({"head.*": {"*": 0.1}}, TypeError, r"wd\['head.\*'\]"),
     ({0: 0.1, "*": 0.1}, TypeError, "mixes"),
     ({0: 0.1}, TypeError, "one DecoupledWD to each optimizer"),
-    ({1.5: 0.1}, TypeError, "keys of wd holds 1.5"),
 ]
 
 
@@ -204,13 +191,6 @@ def test_nonsense_is_refused(wd, error, message):  # P7, P10
     model = network()
     with pytest.raises(error, match=message):
         DecoupledWD(torch.optim.SGD(model.parameters(), lr=LR), wd, model=model)
-
-
-def test_keys_need_a_model():  # P10
-    optimizer = torch.optim.SGD(network().parameters(), lr=LR)
-    with pytest.raises(ValueError, match="wd needs the names"):
-        DecoupledWD(optimizer, {"*": 0.1})
-    DecoupledWD(optimizer, {"vector": 0.1})  # which tells by dimensions alone
 
 
 def test_parameters_without_a_name_or_a_key_do_not_decay():  # P14, P7
@@ -223,7 +203,7 @@ def test_parameters_without_a_name_or_a_key_do_not_decay():  # P14, P7
     optimizer.step()
     assert (model["head"].weight[0, 0].item(), extra[0].item()) == (pytest.approx(0.99), 1)
     decay.detach()
-    decay = DecoupledWD(optimizer, {"embed.*": 0.1}, model=model)  # which another one updates
+    decay, _ = caught(lambda: DecoupledWD(optimizer, {"embed.*": 0.1}, model=model))
     assert any("nothing decays" in message for message in caught(optimizer.step)[1])
 
 
@@ -269,9 +249,6 @@ def test_describe_says_why_each_parameter_does_not_decay():  # P7, in its order
     assert {row.name: row.reason for row in rows}["block.norm.bias"] == "no key matches"
 
 
-# Saved states
-
-
 def attached(wd, steps=0, **options):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -303,15 +280,6 @@ def test_a_predicate_is_the_same_key_in_another_process():  # P9
     (_, _first, saved), (_, _second, decay) = small(3), small(0)
     decay.load_state_dict(saved.state_dict())  # no warning
     assert [row.due for row in decay.describe()] == [row.due for row in saved.describe()]
-
-
-# Containers
-
-
-@pytest.mark.parametrize("container", [collections.UserDict, types.MappingProxyType])
-def test_any_mapping_will_do(container):  # P14
-    wd = container({"head.*": torch.tensor(0.25), "*": 0.5})
-    assert measured(network(), wd)["head.weight"] == 0.25
 
 
 # Frameworks

@@ -48,7 +48,6 @@ from torch import nn
 
 from wd_callbacks.torch import DecoupledWD
 
-
 # Optimizers
 
 

@@ -439,7 +439,7 @@ def in_short(value):
 
 def argument_rows():
     of_adapters = {
-        **dict.fromkeys(RUNS, [*ARGUMENTS, *OF_ONE_OPTIMIZER]),
+        **{adapter: [*ARGUMENTS, *OF_ONE_OPTIMIZER] for adapter in RUNS},
         "plain": [*ARGUMENTS, *OF_ONE_OPTIMIZER, *PLAIN],
         "lightning": [*ARGUMENTS, *OF_OPTIMIZERS, *LIGHTNING],
     }

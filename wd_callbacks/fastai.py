@@ -21,7 +21,7 @@ from wd_callbacks.core.compat import check_compatible
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.groups import Group
-from wd_callbacks.core.layout import Layout, Setup, check_parameters, make_layout
+from wd_callbacks.core.layout import Setup, check_parameters, make_layout
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.step import Step
 from wd_callbacks.core.table import Description
@@ -148,11 +148,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
 
     def before_train(self) -> None:
         """Start afresh in the first epoch that trains, also after a fit that was interrupted."""
-        if getattr(self.learn, "dl", None) is None:
-            raise ValueError(
-                "this DecoupledWD belongs to another Learner, which is not training: give each "
-                "Learner a DecoupledWD of its own"
-            )
+        self._check_learner()
         self._n_iter = len(self.dl)
         starts = not self._is_fitting or self._fits > 1
         if starts:
@@ -200,6 +196,16 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             if hasattr(self.learn, "recorder"):
                 self.recorder.hps = self._hps()
 
+    def _check_learner(self) -> None:
+        """Raise ValueError if the events come from another Learner than the one it was given to."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_with_events":
+            frame = frame.f_back
+        if frame is not None and frame.f_locals["self"] is not self.learn:
+            raise ValueError(
+                "this DecoupledWD was given to another Learner since: give each Learner its own"
+            )
+
     def _done(self, batches: int) -> float:
         """Return the part of the fit that is done after some batches of this epoch."""
         return float((self.epoch * self._n_iter + batches) / (self._n_iter * self.n_epoch))
@@ -235,11 +241,9 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         self.config.check_groups(groups)
         check_parameters(setup, groups)
         decay = Decay(setup)
-        if old is not None and goes_on:
-            layout = old.decay.layout
-            decay.layout = Layout(deferred=layout.all_deferred(), anchors=layout.anchors)
-            decay.steps = old.decay.steps
         decay.layout = make_layout(setup, groups, (), decay.layout)
+        if old is not None and goes_on:
+            decay.inherit(old.decay)
         if old is not None:
             old.disarm()
         self._armed = _ArmedStep(self, self.opt, decay)

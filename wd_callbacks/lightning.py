@@ -20,6 +20,7 @@ from wd_callbacks.core.checks import is_sequence
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.layout import Setup
+from wd_callbacks.core.rules import scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.state import NOT_A_STATE, changes, check_entries, is_amount, is_count
 from wd_callbacks.core.table import Description
@@ -59,7 +60,8 @@ def _bases() -> tuple[type, ...]:
 
 def _first_installed() -> str:
     """Import a Lightning package, and return its name; the levels of loggers stay as they are."""
-    levels = {name: logging.getLogger(name).level for name in (*PACKAGES, "lightning")}
+    names = (*PACKAGES, "lightning", "lightning.fabric", "lightning_fabric")
+    levels = {name: logging.getLogger(name).level for name in names}
     for package in PACKAGES:
         try:
             importlib.import_module(package)
@@ -142,7 +144,8 @@ class _Run:
         batch_idx = trainer.fit_loop.batch_idx  # the hook's lags behind with a dataloader_iter
         if per_epoch == self.per_epoch < math.inf:
             return float((epoch * per_epoch + batch_idx) / self.batches)
-        return float((epoch + batch_idx / per_epoch) / self.epochs)  # the length has changed
+        batch_idx = min(batch_idx, per_epoch - 1)  # the length has changed
+        return float((epoch + batch_idx / per_epoch) / self.epochs)
 
 
 def _accumulation(trainer: Any) -> dict[int, int]:
@@ -190,6 +193,12 @@ class _Optimizer:
         self.attached, self.position = attached, position
         self.is_skipped = False  # the step of this batch, by a gradient scaler
         self.steps_before = self.steps_logged = attached.decay.steps
+
+    def inherit(self, old: _Optimizer) -> None:
+        """Go on from an optimizer that was replaced."""
+        self.attached.inherit(old.attached)
+        self.is_skipped, self.steps_before = old.is_skipped, old.steps_before
+        self.steps_logged = old.steps_logged
 
     @property
     def has_stepped(self) -> bool:
@@ -371,8 +380,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     def _is_busy_elsewhere(self, trainer: Any) -> bool:
         other = self._trainer and self._trainer()
-        is_attached = any(each.attached.is_attached for each in self._decays.values())
-        return other is not None and other is not trainer and is_attached and other.training
+        return other is not None and other is not trainer
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Warn if the run has done without the decay so far."""
@@ -386,7 +394,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers, whose states and learning rates are final now."""
-        count = len(trainer.optimizers)
+        count = self._count = len(trainer.optimizers)
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
             raise ValueError(f"optimizers={indices!r}, but the Trainer has {count} optimizers")
@@ -431,19 +439,21 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     ) -> None:
         """Note where in the run the steps of this batch are made."""
         self._run.start_batch(trainer)
-        optimizers = trainer.optimizers
-        for index, each in self._decays.items():
-            if not each.attached.is_of(unwrapped(optimizers[index])):
-                each = self._decays[index] = self._attach_anew(trainer, index, each)
+        optimizers = list(map(unwrapped, trainer.optimizers))
+        if len(optimizers) != self._count:
+            raise ValueError(
+                f"the Trainer has {len(optimizers)} optimizers and had {self._count} when training "
+                f"started: replace optimizers one by one, or start a new fit"
+            )
+        replaced = [i for i, each in self._decays.items() if not each.attached.is_of(optimizers[i])]
+        for index in replaced:
+            self._decays[index].attached.detach()
+        for index in replaced:
+            old, config = self._decays[index], self.config.of_optimizer(index, list(self._decays))
+            self._decays[index] = self._attach(trainer, index, config, old.position)
+            self._decays[index].inherit(old)
+        for each in self._decays.values():
             each.start_batch(self._run)
-
-    def _attach_anew(self, trainer: Any, index: int, old: _Optimizer) -> _Optimizer:
-        """Attach to an optimizer that has replaced another one during the run."""
-        config = self.config.of_optimizer(index, list(self._decays))
-        new = self._attach(trainer, index, config, old.position)
-        new.attached.inherit(old.attached)
-        old.attached.detach()
-        return new
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Note an attempt to step, also one that the gradient scaler will skip."""
@@ -475,11 +485,16 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the optimizers as the user configured them."""
-        self.detach()
+        self._end_fit(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the optimizers as the user configured them."""
-        self.detach()
+        self._end_fit(trainer)
+
+    def _end_fit(self, trainer: Any) -> None:
+        if self._trainer is not None and self._trainer() in (trainer, None):  # else its fit goes on
+            self._trainer = None
+            self.detach()
 
     def detach(self) -> None:
         """Remove the decay from the optimizers; checkpoints that follow still hold its state."""
@@ -536,10 +551,10 @@ class _EndSearch:
 
 
 def _max_lrs(trainer: Any, optimizer: Any) -> list[float]:
-    """Return the peak learning rates of a scheduler that knows them, such as CyclicLR."""
+    """Return the peak learning rates that the scheduler of ``optimizer`` knows."""
     for config in trainer.lr_scheduler_configs:
         if getattr(config.scheduler, "optimizer", None) is optimizer:
-            return list(getattr(config.scheduler, "max_lrs", []))
+            return scheduler_max_lrs(config.scheduler)
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from wd_callbacks.core.attach import attach, unwrapped
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.layout import Setup
-from wd_callbacks.core.rules import Rule
+from wd_callbacks.core.rules import Rule, scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.state import changes, check_entries, is_count
 from wd_callbacks.core.table import Description
@@ -130,6 +131,11 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, and go on from a checkpoint's state."""
+        if len(_running_trainers()) > 1 and self._attached and self._attached.is_attached:
+            raise ValueError(
+                "this DecoupledWD is in the middle of another Trainer's training: give each "
+                "Trainer a DecoupledWD of its own"
+            )
         self._stand_before_reporters(sys._getframe(1).f_locals["self"])
         self.detach()
         self._attached = None
@@ -164,12 +170,12 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             self.config,
             Selection(self.config.exclude, self.config.keys, model),
             Run(state.max_steps, _steps_per_epoch(args, kwargs["train_dataloader"])),
+            max_lrs=scheduler_max_lrs(kwargs["lr_scheduler"]),
             no_decay=[False, True] if _are_trainers(optimizer.param_groups, model) else (),
         )
-        attached = attach(optimizer, setup, self._position)
+        attached = attach(optimizer, setup, self._position, is_running=_running_trainers)
         if self._attached is not None:
             attached.inherit(self._attached)
-            attached.decay.steps = self._attached.decay.steps
         self._attached = attached
 
     def on_step_begin(
@@ -274,6 +280,19 @@ class _Position:
     def __call__(self, decay: Decay) -> float:
         """Return it."""
         return self.value
+
+
+def _running_trainers() -> list[Trainer]:
+    """Return the Trainers whose training is on the call stack; one that raised is not."""
+    trainers: list[Trainer] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        is_train = frame.f_code.co_name in ("train", "_inner_training_loop")
+        trainer = frame.f_locals.get("self") if is_train else None
+        if isinstance(trainer, Trainer) and trainer not in trainers:
+            trainers.append(trainer)
+        frame = frame.f_back
+    return trainers
 
 
 def _anchors_file(args: Arguments, state: TrainerState) -> str:

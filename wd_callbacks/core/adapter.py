@@ -7,7 +7,12 @@ from typing import Any
 from wd_callbacks.core.config import Config
 
 # The first attribute of a callback that each framework asks for, and callbacks of others lack.
-FOREIGN = {"name": "fastai", "setup": "lightning", "on_init_end": "transformers"}
+FOREIGN = {
+    "name": "fastai",
+    "setup": "lightning",
+    "state_key": "lightning",
+    "on_init_end": "transformers",
+}
 CLEANUP = ("on_exception", "teardown")  # which Lightning calls after an error
 
 

@@ -36,6 +36,7 @@ def attach(
     progress: Progress,
     on_start: Callable[[Attached], None] | None = None,
     on_divergence: Callable[[], bool] | None = None,
+    is_running: Callable[[], Any] | None = None,
     rereads_groups: bool = False,
 ) -> Attached:
     """Attach a decay to a torch optimizer.
@@ -46,6 +47,7 @@ def attach(
         progress: Returns the training progress.
         on_start: Called right before the first step.
         on_divergence: See ``Step``.
+        is_running: Returns False outside of the run, whose steps alone decay.
         rereads_groups: Whether ``max_lr`` and no-decay groups are those of the first step.
 
     Raises:
@@ -60,7 +62,7 @@ def attach(
     decay = Decay(setup)
     decay.layout = make_layout(setup, optimizer.param_groups, (), decay.layout)
     decay.rereads_groups = rereads_groups
-    return Attached(optimizer, decay, progress, on_start, on_divergence)
+    return Attached(optimizer, decay, progress, on_start, on_divergence, is_running)
 
 
 class Attached:
@@ -76,13 +78,14 @@ class Attached:
         progress: Progress,
         on_start: Callable[[Attached], None] | None = None,
         on_divergence: Callable[[], bool] | None = None,
+        is_running: Callable[[], Any] | None = None,
     ) -> None:
         groups = functools.partial(_groups, weakref.ref(optimizer))
         self.decay = decay
         first = decays_first(optimizer, decay)
         self._step = Step(decay, groups, progress, first, on_divergence)
         self._optimizer = weakref.ref(optimizer, lambda _: decay.release())
-        self._on_start = on_start
+        self._on_start, self._is_running = on_start, is_running
         self._depth = 0  # of `step` calls: one may call `super().step()`
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -118,11 +121,8 @@ class Attached:
         return self._optimizer() is optimizer
 
     def inherit(self, old: Attached) -> None:
-        """Go on with what parameters have deferred, and with their anchors, after ``old``."""
-        layout = old.decay.layout
-        self.decay.layout = self.decay.layout._replace(
-            deferred=layout.all_deferred(), anchors=layout.anchors
-        )
+        """Go on from a decay whose optimizer this one's has replaced."""
+        self.decay.inherit(old.decay)
 
     def describe(self, label: str = "", parameters: bool = False) -> Description:
         """Return a table of what the decay does.
@@ -168,6 +168,8 @@ class Attached:
             self._depth = sum(1 for _ in _running_steps(optimizer))
             if self._depth > 1:
                 return None
+        if self._is_running is not None and not self._is_running():
+            return None
         self._depth = 1
         if not optimizer.state and STATE_SETUP in sys.modules and _is_called_from(STATE_SETUP):
             self._step.skip()
@@ -187,8 +189,9 @@ class Attached:
             self._depth = sum(1 for _ in _running_steps(optimizer))
             if self._depth > 1:
                 return
-        self._depth = 0
-        self._step.after()
+        if self._depth:
+            self._depth = 0
+            self._step.after()
 
     def _before_state_dict(self, _: Optimizer) -> None:
         self.settle()

@@ -122,8 +122,15 @@ def _refusal(optimizer: Optimizer) -> str:
 
 def _inner_name(thing: Any) -> str | None:
     """Return the attribute in which a wrapper holds an optimizer; None if there is none."""
-    attributes = getattr(thing, "__dict__", {})
-    return next((name for name, value in attributes.items() if isinstance(value, Optimizer)), None)
+    held = {**getattr(thing, "__dict__", {}), "optimizer": getattr(thing, "optimizer", None)}
+    for name, value in held.items():
+        if isinstance(value, Optimizer):
+            return str(name)
+        if hasattr(value, "param_groups") and value is not thing:  # a wrapper of a wrapper
+            inner = _inner_name(value)
+            if inner is not None:
+                return f"{name}.{inner}"
+    return None
 
 
 def _instead(thing: Any) -> str:

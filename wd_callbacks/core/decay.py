@@ -97,6 +97,16 @@ class Decay:
         self.layout, self._cautious = Layout(), None
         self.setup.selection.release()
 
+    def inherit(self, old: Decay) -> None:
+        """Go on from the decay of an optimizer that this one's has replaced."""
+        before, layout = old.layout, self.layout
+        if before.sizes == layout.sizes:  # the param groups are those of before
+            layout = layout._replace(groups=before.groups, rules=before.rules)
+        self.layout = layout._replace(deferred=before.all_deferred(), anchors=before.anchors)
+        self.steps, self.warn = old.steps, old.warn
+        self.setup = replace(self.setup, warn=old.warn)
+        self._has_started = old._has_started
+
     def layout_of(self, groups: Sequence[Group], needs_grad: bool = True) -> Layout:
         """Return the layout for a step, the last one unless something has changed since."""
         params, old = updated_params(groups, needs_grad), self.layout

@@ -63,6 +63,7 @@ class Rule:
         uses_max_lr: Whether the decay depends on ``max_lr``.
         source: What ``wd`` is called in errors.
         schedule: Name of the schedule that the user gave; empty if there is none.
+        lr: Learning rate of the last step, a number or a tensor.
         highest_lr: Largest learning rate of a step so far.
         due: ``-log`` of the factor due so far, for parameters with a gradient at every step.
         is_known: False if lr or found_inf stayed on the device, so that ``due`` is unknown.
@@ -78,6 +79,7 @@ class Rule:
     uses_max_lr: bool = False
     source: str = "wd"
     schedule: str = ""
+    lr: Any = 0.0
     highest_lr: float = 0.0
     due: float = 0.0
     is_known: bool = True
@@ -90,6 +92,8 @@ class Rule:
 
     def add_due(self, amount: float | Tensor, is_known: bool) -> None:
         """Add up what a step was due to subtract, if the host knows."""
+        if (type(self.lr) is float or self.lr.is_cpu) and self.lr > self.highest_lr:
+            self.highest_lr = float(self.lr)
         if isinstance(amount, Tensor):
             self.is_known = False
         elif amount:
@@ -156,8 +160,7 @@ class Rule:
             lr = _scalar(lr, f"param group {self.group}: lr")
             if group.get("fused") and isinstance(lr, Tensor) and lr.is_cpu:
                 lr = lr.item()  # torch's fused updates compute with it in double precision
-        if (type(lr) is float or lr.is_cpu) and lr > self.highest_lr:
-            self.highest_lr = float(lr)
+        self.lr = lr
         if scale_by == "lr":
             return lr
         assert self.max_lr is not None
@@ -278,6 +281,13 @@ def _max_lr(
             f"seems to be {max_lr}: give max_lr"
         )
     return None, False
+
+
+def scheduler_max_lrs(scheduler: Any) -> list[float]:
+    """Return the peak learning rates that a torch scheduler knows, such as CyclicLR; else none."""
+    inner = [scheduler_max_lrs(each) for each in getattr(scheduler, "_schedulers", ())]
+    known = [list(getattr(scheduler, "max_lrs", ())), *inner]
+    return [max(lrs) for lrs in zip(*filter(None, known))]
 
 
 def _peak_scale(scale_by: Any, max_lr: float | None) -> float | None:

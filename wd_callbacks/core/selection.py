@@ -20,7 +20,9 @@ from wd_callbacks.core.warn import warn
 
 WORDS = ("bias", "norm", "embedding", "marked", "vector")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
-NORM_NAME = re.compile(r"(RMS|Layer|Batch|Group|Instance)Norm|Norm(\dd)?(Gated)?$")
+NORM_NAME = re.compile(
+    r"([Rr][Mm][Ss]|Layer|Batch|Group|Instance|Evo|FilterResponse)Norm|Norm(\dd)?(Gated)?$"
+)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they hold it as `module`
@@ -28,6 +30,9 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they hold i
 Match = Callable[[str, Tensor, Sequence[nn.Module]], bool]
 """Whether an entry selects a parameter: its full name, itself, and the modules it is in."""
 
+
+# The last search in each model, as hundreds of optimizers may share one.
+_LAST_SEARCHES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 Named = Iterator[tuple[str, Tensor, tuple[nn.Module, ...]]]
 
@@ -117,6 +122,12 @@ class Selection:
         if model is None:
             return
         named = list(_named_parameters(model))
+        seen = [(name, id(p)) for name, p, _ in named], self._exclude, self._keys
+        is_fixed = all(isinstance(e, str) and e != "marked" for e in (*self._exclude, *self._keys))
+        cached = _LAST_SEARCHES.get(model)
+        if is_fixed and cached is not None and cached[0] == seen:
+            self._named = cached[1]
+            return
         names: dict[Tensor, list[str]] = {}
         for name, p, _ in named:
             names.setdefault(p, []).append(name)
@@ -131,12 +142,15 @@ class Selection:
         for what, matches in (("exclude", excluded), ("a key of wd", keyed)):
             self._warn_if_tied_differ(what, matches, names)
         self._named = found
+        _LAST_SEARCHES[model] = seen, found
 
     def _matches(
         self, what: str, entries: Sequence[Any], model: nn.Module, named: Sequence[Any]
     ) -> dict[Tensor, list[int | None]]:
         """Return the index of the first entry that matches, for each name of each parameter."""
         known = [name for name, *_ in named]
+        for name, p, _ in named if entries else ():
+            _check_unflattened(p, name)
         tests = [_match(entry, model, known) for entry in entries]
         hits = [[test(*each) for test in tests] for each in named]
         for index, entry in enumerate(entries):
@@ -249,8 +263,6 @@ def _check_unflattened(p: Tensor, name: str = "") -> None:
 
 def _match(entry: Any, model: nn.Module, names: Sequence[str]) -> Match:
     """Return the test of ``entry``, in a model whose parameters have these ``names``."""
-    for name, p, _ in _named_parameters(model):
-        _check_unflattened(p, name)
     if isinstance(entry, str) and entry in WORDS:
         return _is_marked(model) if entry == "marked" else _WORD_TESTS[entry]
     if isinstance(entry, str):
