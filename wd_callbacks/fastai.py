@@ -239,9 +239,9 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         for message in _compatibility(self.opt, self.config.follows_lr):
             warn(message)
         self.config.check_groups(groups)
-        check_parameters(setup, groups)
         decay = Decay(setup)
-        decay.layout = make_layout(setup, groups, (), decay.layout)
+        decay.layout = make_layout(decay.setup, groups, (), decay.layout)
+        check_parameters(decay.setup, groups, decay.layout)
         if old is not None and goes_on:
             decay.inherit(old.decay)
         if old is not None:

@@ -56,11 +56,11 @@ def attach(
     """
     optimizer = checked(optimizer)
     setup.config.check_groups(optimizer.param_groups)
-    check_parameters(setup, optimizer.param_groups)
     for message in compat.check_compatible(optimizer, setup.config.follows_lr):
         setup.warn(message)
     decay = Decay(setup)
-    decay.layout = make_layout(setup, optimizer.param_groups, (), decay.layout)
+    decay.layout = make_layout(decay.setup, optimizer.param_groups, (), decay.layout)
+    check_parameters(decay.setup, optimizer.param_groups, decay.layout)
     decay.rereads_groups = rereads_groups
     return Attached(optimizer, decay, progress, on_start, on_divergence, is_running)
 

@@ -133,8 +133,10 @@ class Config:
 
     @functools.cached_property
     def key_names(self) -> list[str]:
-        """The keys of a ``wd`` that maps parameters, as text."""
-        return [entry_name(key) or repr(key) for key in self.keys]
+        """The keys of a ``wd`` that maps parameters, as text: each another one."""
+        names = [entry_name(key) or schedule_name(key) for key in self.keys]
+        seen = [names[:index].count(name) for index, name in enumerate(names)]
+        return [f"{name} ({n + 1})" if n else name for name, n in zip(names, seen)]
 
     @property
     def is_scheduled(self) -> bool:
@@ -190,9 +192,10 @@ class Config:
     def record(self) -> dict[str, Any]:
         """Return the arguments as plain values, to tell whether a resumed run changed them."""
         anchor = self.anchor if self.anchor is None or self.anchor == "initial" else "mapping"
+        wd = dict(zip(self.key_names, self.wd.values())) if self.keys else self.wd
         compared = ("wd", "scale_by", "max_lr", "exclude", "quantum")
         return {
-            "wd": _sampled(self.wd, _at_progress),
+            "wd": _sampled(wd, _at_progress),
             "scale_by": _sampled(self.scale_by, _at_half),
             "max_lr": _sampled(self.max_lr, _at_half),
             "exclude": [entry_name(entry) for entry in self.exclude],
@@ -224,6 +227,8 @@ def _copied(anchor: Any) -> Any:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"anchor[{name!r}] is {shown(value)}, expected a tensor")
+    if not tensors:
+        raise ValueError("anchor names no parameter, as it has no tensors: leave anchor out")
     # A state_dict() shares memory with the weights that are about to be trained.
     return {name: value.detach().clone() for name, value in tensors.items()}
 

@@ -181,7 +181,7 @@ class Decay:
         is_zero = config.wd is None and not any(
             own_wd(groups[rule.group], rule.group) for rule in active
         )
-        if not active and all(rule.wd == 0 and not rule.is_no_decay for rule in rules):
+        if rules and not active and all(rule.wd == 0 and not rule.is_no_decay for rule in rules):
             return  # the user asked for it
         if not active or (is_zero and not self.setup.schedules_own_wd):
             self.warn(

@@ -188,20 +188,19 @@ def check_groups(config: Config, groups: Sequence[Group], old: Layout) -> None:
     config.check_groups(groups)
 
 
-def check_parameters(setup: Setup, groups: Sequence[Group]) -> None:
+def check_parameters(setup: Setup, groups: Sequence[Group], layout: Layout) -> None:
     """Check what can be checked of parameters before training.
 
     Raises:
         ValueError: One cannot decay as the config asks.
     """
-    config = setup.config
-    selected = setup.selection.look_up(p for group in groups for p in group["params"])
+    config, selected = setup.config, layout.selected
     setup.anchors.check_names(setup.selection.names())
-    for p, (names, exclude, _) in selected.items():
-        if exclude is None and setup.may_decay(p):
-            setup.anchors.check(p, names)
-            if config.cautious:
-                check_dtype(p.dtype)
+    trained = {p for group in groups for p in group["params"] if p.requires_grad}
+    for p, _ in _decaying(setup, groups, trained, selected, layout.rules):
+        setup.anchors.check(p, selected[p].names)
+        if config.cautious:
+            check_dtype(p.dtype)
     is_zero = [own_wd(group, index) == 0 for index, group in enumerate(groups)]
     if len(groups) < 2 or not all(is_zero) or config.keys or not config.keeps_no_decay_groups:
         return

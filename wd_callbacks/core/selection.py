@@ -176,15 +176,15 @@ class Selection:
 
     def _nameless(self, p: Tensor) -> Selected:
         """Select ``p``, which the model does not hold, by its dimensions alone."""
-        if any(entry != "vector" for entry in (*self._exclude, *self._keys)):
+        if not is_lazy(p) and any(entry != "vector" for entry in (*self._exclude, *self._keys)):
             self._warn_of_unnamed()
         if "vector" not in self._exclude and "vector" not in self._keys:
             return Selected()
         _check_unflattened(p)
         is_vector = p.ndim < 2
         excluded = "vector" if is_vector and "vector" in self._exclude else None
-        keys = list(self._keys)
-        return Selected((), excluded, keys.index("vector") if is_vector and keys else None)
+        is_keyed = is_vector and "vector" in self._keys
+        return Selected((), excluded, list(self._keys).index("vector") if is_keyed else None)
 
     def _warn_of_unnamed(self) -> None:
         if not self._has_warned:

@@ -58,8 +58,8 @@ class Step:
         Returns:
             The arguments to step with: a closure is wrapped.
         """
-        if self._zeroed:  # by a step that raised
-            self.restore()
+        if self._zeroed or self.decay.setup.config.cautious:
+            self.cancel()  # what a step that raised has left behind
         groups = self._groups()
         closure = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
         self._awaits_closure = callable(closure) and not self._decays_first
@@ -125,8 +125,7 @@ class Step:
 
     def skip(self) -> None:
         """Zero the weight decay for a step that only sets up the optimizer's state."""
-        self.restore()
-        self._awaits_closure = False
+        self.cancel()
         self.zero(self._groups())
 
     def cancel(self) -> None:

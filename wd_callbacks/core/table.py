@@ -200,7 +200,7 @@ def describe_parameters(decay: Decay, groups: Sequence[Group], label: str = "") 
     for group, index, p in _listed(decay, layout, groups):
         rule = None if index is None else layout.rules[index]
         coefficient = 0.0 if index is None else coefficients[index]
-        reason = _reason(decay, layout, rule, coefficient, p)
+        reason = _reason(decay, layout, group, rule, coefficient, p)
         rows.append(
             ParameterRow(
                 name=", ".join(layout.selected[p].names) or "-",
@@ -254,7 +254,7 @@ def _row(
     params: Sequence[Tensor],
     label: str,
 ) -> Row:
-    reasons = {p: _reason(decay, layout, rule, coefficient, p) for p in params}
+    reasons = {p: _reason(decay, layout, rule.group, rule, coefficient, p) for p in params}
     frozen = [p for p in params if reasons[p] == FROZEN]
     decaying = [p for p in params if reasons[p] in ("", NO_GRADIENT)]
     others = [p for p in params if reasons[p] not in ("", NO_GRADIENT, FROZEN)]
@@ -283,12 +283,14 @@ def _row(
 FROZEN, NO_GRADIENT = "frozen", "no gradient so far"
 
 
-def _reason(decay: Decay, layout: Layout, rule: Rule | None, coefficient: float, p: Tensor) -> str:
+def _reason(
+    decay: Decay, layout: Layout, group: int, rule: Rule | None, coefficient: float, p: Tensor
+) -> str:
     """Return why ``p`` does not decay; empty if it does."""
     selected = layout.selected[p]
     if selected.exclude is not None:
         return f"excluded by {entry_name(selected.exclude) or selected.exclude!r}"
-    if rule is not None and rule.is_no_decay:
+    if layout.groups[group].no_decay and decay.setup.config.keeps_no_decay_groups:
         return "no-decay group"
     if rule is None:
         return "no key matches"
