@@ -65,7 +65,7 @@ def test_the_example_runs(package, tmp_path):
         config.write_text(printed)
     tiny = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     output = example("fit", "--config", config, *tiny)
-    (row,) = [line.split() for line in output.splitlines() if line.startswith("    0 ")]
+    (row,) = [line.split() for line in output.splitlines() if line.startswith("0 ")]
     assert row[:2] == ["0", "0.01"]
     assert {"lr", "(4,736)", "(202)"} <= set(row)  # the Linear weights decay, nothing else
 

@@ -891,8 +891,6 @@ def test_decoupled_wd_raises_before_it_attaches(build, error, message):  # P5, P
     [
         lambda p: WSAM([p], lr=0.1),
         lambda p: Lookahead([p]),
-        lambda p: Copies([p], lr=0.1),
-        lambda p: CopiesOfMatrices([p], lr=0.1),
     ],
 )
 def test_decoupled_wd_decays_in_a_wrapper_that_keeps_it(build):  # P1, P5

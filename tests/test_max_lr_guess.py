@@ -221,9 +221,7 @@ def test_a_rate_that_a_fastai_callback_raises_warns():
         callback.learn.opt.set_hyper("lr", 0.5)
         return True
 
-    learn = learner(
-        FastaiWD(Timescale(steps=100)), at(FastaiCallback, "before_batch", function, 0)
-    )
+    learn = learner(FastaiWD(Timescale(steps=100)), at(FastaiCallback, "before_batch", function, 0))
     with pytest.warns(UserWarning, match=r"lr 0.5, max_lr 0.1, a guess"):
         quietly(learn, "fit", 1, 0.1)
 

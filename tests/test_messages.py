@@ -104,7 +104,9 @@ ASSIGNED = [("wd", 0.7), ("exclude", "bias"), ("max_lr", 1.0), ("quantum", 0), (
 
 
 @pytest.mark.parametrize(("name", "value"), ASSIGNED)
-@pytest.mark.parametrize("make", [lambda: DecoupledWD(still(), 0.1), *[lambda a=a: a(0.1) for a in ADAPTERS]])
+@pytest.mark.parametrize(
+    "make", [lambda: DecoupledWD(still(), 0.1), *[lambda a=a: a(0.1) for a in ADAPTERS]]
+)
 def test_an_argument_that_is_assigned_takes_effect_or_raises(make, name, value):  # P10
     decay = make()
     with pytest.raises(AttributeError, match="fixed when DecoupledWD is built"):
@@ -267,7 +269,9 @@ def test_one_param_group_is_one():  # P10
         DecoupledWD(still(), [0.1, 0.2])
 
 
-@pytest.mark.parametrize("entry", [nn.LayerNorm(8), [nn.LayerNorm(8)], nn.Sequential(nn.LayerNorm(8))])
+@pytest.mark.parametrize(
+    "entry", [nn.LayerNorm(8), [nn.LayerNorm(8)], nn.Sequential(nn.LayerNorm(8))]
+)
 def test_an_instance_in_exclude_asks_for_its_type(entry):  # P10
     with pytest.raises(TypeError, match="without parentheses"):
         DecoupledWD(still(), 0.1, model=nn.Linear(2, 2), exclude=entry)

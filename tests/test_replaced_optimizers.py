@@ -8,8 +8,8 @@ from fastai.callback.core import CancelBatchException, CancelStepException
 from fastai.optimizer import OptimWrapper
 from still import (
     BATCHES,
-    FastaiCallback,
     Factor,
+    FastaiCallback,
     LightningCallback,
     StillModule,
     StillNet,
@@ -450,9 +450,9 @@ def test_what_another_lightning_trainer_does_meanwhile_leaves_a_fit_alone(method
 
     model = StillModule()
     factor = Factor(model)
-    lightning_trainer(
-        decay, at(LightningCallback, "on_train_epoch_start", function), epochs=3
-    ).fit(model)
+    lightning_trainer(decay, at(LightningCallback, "on_train_epoch_start", function), epochs=3).fit(
+        model
+    )
     assert factor() == pytest.approx(ALL, rel=1e-5)
 
 

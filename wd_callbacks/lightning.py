@@ -191,8 +191,14 @@ class _Optimizer:
 
     def __init__(self, attached: Attached, position: _Position) -> None:
         self.attached, self.position = attached, position
+        self.optimizer: Any = attached.optimizer  # until training ends, also if it is replaced
         self.is_skipped = False  # the step of this batch, by a gradient scaler
         self.steps_before = self.steps_logged = attached.decay.steps
+
+    def detach(self) -> None:
+        """Remove the decay from the optimizer."""
+        self.attached.detach()
+        self.optimizer = None
 
     def inherit(self, old: _Optimizer) -> None:
         """Go on from an optimizer that was replaced."""
@@ -499,7 +505,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     def detach(self) -> None:
         """Remove the decay from the optimizers; checkpoints that follow still hold its state."""
         for each in self._decays.values():
-            each.attached.detach()
+            each.detach()
 
     def state_dict(self) -> dict[Any, Any]:
         """Return what the decays need to go on, as plain numbers, by the optimizer's index."""

@@ -102,6 +102,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
                 f"give its wd itself"
             )
         self._attached: Any = None
+        self._optimizer: Any = None  # held until training ends, also if it is replaced
         self._position = _Position()
         self._steps_logged = 0
 
@@ -176,16 +177,17 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         attached = attach(optimizer, setup, self._position, is_running=_running_trainers)
         if self._attached is not None:
             attached.inherit(self._attached)
-        self._attached = attached
+        self._attached, self._optimizer = attached, optimizer
 
     def on_step_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the position of the step, and go on with an optimizer that replaced another."""
         self._position.value = min(state.global_step / state.max_steps, 1.0)
-        if not self._attached.is_of(unwrapped(kwargs["optimizer"])):
+        optimizer = _running_trainers()[0].optimizer  # the handler still has a replaced one
+        if not self._attached.is_of(unwrapped(optimizer)):
             self.detach()
-            self._attach(args, state, **kwargs)
+            self._attach(args, state, **{**kwargs, "optimizer": optimizer})
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,10 +227,12 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Log the coefficients of the last step, if it is not logged yet."""
+        """Log the coefficients of the last step beside its loss, if they are not logged yet."""
         decay = None if self._attached is None else self._attached.decay
         if decay is None or logs is None or decay.steps == self._steps_logged:
             return
+        if "loss" not in logs:
+            return  # metrics of an evaluation stay as they are
         self._steps_logged = decay.steps
         metrics = _metrics(decay)
         logs.update(metrics)
@@ -240,6 +244,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Leave the optimizer as the user configured it."""
         self.detach()
+        self._optimizer = None
 
     def detach(self) -> None:
         """Remove the decay from the optimizer, which is left as you configured it."""
@@ -266,7 +271,8 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run."""
-        return {"config": self.config, "_attached": None, "_position": _Position()}
+        run = {"_attached": None, "_optimizer": None, "_position": _Position()}
+        return {"config": self.config, **run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _steps_logged=0)
@@ -297,16 +303,20 @@ def _running_trainers() -> list[Trainer]:
 
 def _anchors_file(args: Arguments, state: TrainerState) -> str:
     """Return the file of the initial anchors in the checkpoint that is resumed."""
-    resumed = args.resume_from_checkpoint
-    folders = [resumed] if isinstance(resumed, str) else []
-    folders.append(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+    folders = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # of `train`, whose argument the Trainer keeps nowhere else
+        resumed = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_code.co_name == "train" and isinstance(resumed, str):
+            folders.insert(0, resumed)
+        frame = frame.f_back
     for folder in folders:
         path = os.path.join(folder, ANCHORS_FILE)
         if os.path.isfile(path):
             return path
     raise ValueError(
         f"anchor='initial' needs {ANCHORS_FILE} of the checkpoint, and {folders} lack it: resume "
-        f"from a checkpoint in output_dir, or give anchor a mapping"
+        f"from a checkpoint that was saved with anchor='initial', or give anchor a mapping"
     )
 
 

@@ -146,8 +146,8 @@ class Description(tuple[Any, ...]):
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> decay = DecoupledWD(optimizer, 0.01, exclude="bias", model=model)
         >>> print(decay.describe(parameters=True))
-        name    shape   group  wd    anchor                  decays
-        weight  (2, 4)  0      0.01  zero                    decays
+        name    shape   group  wd    anchor  decays
+        weight  (2, 4)  0      0.01  zero    decays
         bias    (2,)    0      -     -       no: excluded by 'bias'
     """
 
@@ -160,10 +160,7 @@ class Description(tuple[Any, ...]):
             *([row.get(name, "-") for name in columns] for row in rows),
         ]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join(
-            "  ".join([*map(str.ljust, line[:-1], widths), line[-1].rjust(widths[-1])])
-            for line in lines
-        )
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def describe(decay: Decay, groups: Sequence[Group], label: str = "") -> Description:
