@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from fastai.callback.schedule import ParamScheduler, SchedCos
-from lightning.pytorch.callbacks import LearningRateFinder
 from still import (
     FastaiCallback,
     LightningCallback,
@@ -21,7 +20,6 @@ from still import (
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
     ConstantLR,
-    CosineAnnealingLR,
     CyclicLR,
     LambdaLR,
     LinearLR,
@@ -181,30 +179,6 @@ def test_trainer_knows_the_peak_of_its_scheduler(name):
         decay, model=model, epochs=4, optimizers=(optimizer, SCHEDULERS[name](optimizer))
     )
     trainer.train()  # without a warning
-
-
-@pytest.mark.parametrize("make", [lambda o: CosineAnnealingLR(o, 200)], ids=["cosine"])
-@pytest.mark.parametrize("max_lr", [2e-4, 0.3], ids=["lower", "higher"])
-def test_a_learning_rate_finder_before_a_scheduler_moves_the_peak(make, max_lr):
-    class Model(Scheduled):
-        def training_step(self, batch, batch_idx):
-            return (self.layer(batch) ** 2).mean()
-
-    model = Model(make)
-    model.batches = 60
-    decay, shortest = LightningWD(Timescale(steps=1000)), []
-    peak = []
-
-    def note(_, trainer, *args):
-        peak.append(trainer.optimizers[0].param_groups[0]["lr"])
-        if len(peak) > 1:
-            shortest.append(1 / (decay.coefficients[0][0] * peak[-2]))
-
-    rec = at(LightningCallback, "on_train_batch_end", note, times=0)
-    rec.on_train_batch_end = lambda *args: note(None, *args) if decay.coefficients else None
-    finder = LearningRateFinder(max_lr=max_lr, num_training_steps=40)
-    lightning_trainer(finder, decay, rec, epochs=1).fit(model)
-    assert min(shortest) == pytest.approx(1000, rel=0.05)
 
 
 def test_fastai_knows_the_peak_of_the_fit():

@@ -166,9 +166,13 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         if not self._is_fitting:
             self.before_train()
             self._position.value = self._done(self.iter)
-        elif not self._is_armed():
-            self._arm(goes_on=True)
+        self.before_step()
         self._steps = self._armed.decay.steps
+
+    def before_step(self) -> None:
+        """Go on with an optimizer that has replaced another one."""
+        if not self._is_armed():
+            self._arm(goes_on=True)
 
     def after_step(self) -> None:
         """Note an attempt to step, also one that was cancelled."""
