@@ -125,7 +125,7 @@ class DecoupledWD(Adapter):
             self.config,
             Selection(self.config.exclude, self.config.keys, model),
             Run(self.total_steps, steps_per_epoch),
-            least_lrs=[group["lr"] for group in optimizer.param_groups if _is_float(group)],
+            least_lrs=[_host_lr(group) for group in optimizer.param_groups],
         )
         self._attached = attach(optimizer, setup, self._position(), _start, rereads_groups=True)
 
@@ -265,5 +265,8 @@ def _has_stepped(optimizer: Optimizer) -> bool:
     return any(not (isinstance(step, Tensor) and step.is_cpu) or step > 0 for step in steps)
 
 
-def _is_float(group: Any) -> bool:
-    return type(group.get("lr")) is float
+def _host_lr(group: Any) -> float:
+    """Return the learning rate of a group; 0 if it is none, or on a device."""
+    lr = group.get("lr")
+    is_known = isinstance(lr, float | int) or (isinstance(lr, Tensor) and lr.is_cpu)
+    return float(lr) if is_known else 0.0

@@ -216,7 +216,7 @@ def _plain(value: Any) -> Any:
 
 
 def _copied(anchor: Any) -> Any:
-    if anchor is None or anchor == "initial":
+    if anchor is None or (isinstance(anchor, str) and anchor == "initial"):
         return anchor
     if not isinstance(anchor, Mapping):
         raise TypeError(

@@ -74,8 +74,11 @@ def load_state_dict(decay: Decay, state: Mapping[str, Any], groups: Sequence[Gro
     rules = layout.rules if layout else ()
     coefficients = [rule.coefficient(groups[rule.group], progress) for rule in rules]
     # Only now, as any of it may have raised.
-    decay.layout, decay.progress = layout or decay.layout, progress
-    decay.rereads_groups = decay.rereads_groups and layout is None
+    decay.rereads_groups = layout is None
+    decay.layout, decay.progress = (
+        layout or make_layout(decay.setup, groups, (), Layout()),
+        progress,
+    )
     decay.shrinks = [Shrink(coefficient, 0.0, 1.0) for coefficient in coefficients]
 
 
@@ -167,12 +170,13 @@ def _load_rules(layout: Layout, state: Mapping[str, Any]) -> None:
     if not saved:  # version 0.1.0 had one rule per group
         saved = [(index, None) for index in range(len(state["due"]))]
     known = state.get("known", [1] * len(saved))
-    highest = state.get("highest_lr", [0.0] * len(saved))
+    highest = state.get("highest_lr", [None] * len(saved))  # version 0.1.0 did not know
     totals = dict(zip(saved, zip(state["due"], known, highest)))
     for rule in layout.rules:
         if (rule.group, rule.key) in totals:
-            rule.due, is_known, rule.highest_lr = totals[rule.group, rule.key]
+            rule.due, is_known, highest_lr = totals[rule.group, rule.key]
             rule.is_known = bool(is_known)
+            rule.highest_lr = (rule.max_lr or 0.0) if highest_lr is None else highest_lr
 
 
 def check(state: Any, sizes: list[int]) -> None:
