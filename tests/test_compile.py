@@ -163,10 +163,11 @@ def test_a_changing_coefficient_compiles_nothing_anew(how, quantum, backend):  #
 
 @pytest.mark.parametrize(("how", "wd"), [*((how, decreasing) for how in HOWS), ("function", WD)])
 def test_deferred_decay_compiles_nothing_anew(how, wd):  # P8, P11
-    decays = []
+    decays, optimizers = [], []
 
     def attach(optimizer):
         decays.append(DecoupledWD(optimizer, wd, quantum=0.06, total_steps=STEPS))
+        optimizers.append(optimizer)  # which a decay does not keep alive
 
     ours, frames = compiled_run(how, SGD, attach=attach)
     expected, _ = compiled_run("not", SGD, attach=attach)

@@ -77,7 +77,7 @@ class Hidden:
 
 WRAPPERS = {
     "plain": lambda o: (Wrapper(o), "optimizer"),
-    "of a wrapper": lambda o: (Wrapper(Wrapper(o)), "optimizer"),
+    "of a wrapper": lambda o: (Wrapper(Wrapper(o)), "optimizer.optimizer"),
     "slots": lambda o: (Slotted(o), "optimizer"),
     "property": lambda o: (Hidden(o), "_inner"),
 }

@@ -180,27 +180,9 @@ def ratio_after_replacement_fastai():
     return factor()
 
 
-def ratio_after_replacement_trainer():
-    def function(_, args, state, control, **kwargs):
-        if state.global_step == 8:
-            trainer.optimizer = sgd(trainer.model.parameters(), 0.01)
-            trainer.callback_handler.optimizer = trainer.optimizer
-        return state.global_step == 8
-
-    trainer = hf_trainer(
-        TrainerWD(0.1, scale_by="lr_ratio"),
-        at(TrainerCallback, "on_step_end", function),
-        epochs=4,
-    )
-    factor = Factor(trainer.model)
-    trainer.train()
-    return factor()
-
-
 RATIOS = [
     ratio_after_replacement_lightning,
     ratio_after_replacement_fastai,
-    ratio_after_replacement_trainer,
 ]
 
 

@@ -322,6 +322,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         verbose: bool = False,
         optimizers: int | Sequence[int] | None = None,
     ) -> None:
+        _add_bases()
         self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
         self.optimizers = _indices(optimizers)
         self._decays: dict[int, _Optimizer] = {}
@@ -534,11 +535,15 @@ def __getattr__(name: str) -> Any:
     """Return DecoupledWD, as a callback also of a Lightning package that was imported since."""
     if name != "DecoupledWD":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _add_bases()
+    return _CLASS
+
+
+def _add_bases() -> None:
     for package in PACKAGES:
         base = getattr(sys.modules.get(package), "Callback", None)
         if base is not None and not issubclass(_CLASS, base):
             _CLASS.__bases__ += (base,)
-    return _CLASS
 
 
 class _EndSearch:
