@@ -81,7 +81,7 @@ def test_a_formula_of_the_sources(adapter, formula, arguments):  # P4
     compare(by_hand(formula, lr_at=lambda progress: 1 - progress), ours)
 
 
-# Every row of docs/fastai-0.7.md. There, every weight loses a part of it after backward.
+# Every row of docs/coming-from.md. There, every weight loses a part of it after backward.
 
 
 def mult(progress):
