@@ -425,7 +425,7 @@ def train_in_lightning():
 
 @pytest.mark.parametrize(
     ("attach", "message"),
-    [(attach_to_a_wrapper, ""), (train_in_lightning, r".*(AdamW|fully_shard)")],
+    [(attach_to_a_wrapper, ""), (train_in_lightning, r".*AdamW.*fully_shard")],
 )
 def test_deepspeed_s_wrapper_is_refused(attach, message):  # P5, P10
     with pytest.raises(TypeError, match=f"(?s)DeepSpeedZeroOptimizer{message}"):

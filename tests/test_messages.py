@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import time
 import warnings
 
 import numpy as np
@@ -115,16 +114,6 @@ def test_an_argument_that_is_assigned_takes_effect_or_raises(make, name, value):
 
 
 # 9: many optimizers
-
-
-@pytest.mark.parametrize("arguments", [{}, {"exclude": "bias"}, {"wd": {"0.*": 0.1, "*": 0.2}}])
-def test_464_optimizers_are_attached_in_a_second(arguments):  # P11
-    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(232)])
-    optimizers = [Adam([p]) for p in model.parameters()]
-    start = time.perf_counter()
-    for optimizer in optimizers:
-        DecoupledWD(optimizer, **{"wd": 0.1, "model": model, **arguments})
-    assert time.perf_counter() - start < 1
 
 
 # 14: no-decay groups

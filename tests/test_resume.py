@@ -486,7 +486,7 @@ def test_the_resumed_state_matters(package, tmp_path, arguments):
     ("old", "new", "message"),
     [
         ({"wd": 0.1}, {"wd": 0.2}, r"wd.*0\.1\b.*0\.2"),
-        ({"wd": linear}, {"wd": 0.2}, r"wd.*0\.3.*0\.2"),
+        ({"wd": linear}, {"wd": 0.2}, r"wd.*0\.3 to 0\b.*0\.2"),
         (
             {"wd": 0.1, "scale_by": "lr_ratio", "max_lr": LR},
             {"wd": 0.1, "scale_by": "lr_ratio", "max_lr": 2 * LR},
