@@ -7,7 +7,6 @@ import functools
 import gc
 import random
 import re
-import time
 import types
 import warnings
 import weakref
@@ -631,10 +630,8 @@ def test_optimizers_of_a_kind_are_simulated_once():  # P11
     found = check_compatible(build(0), follows_lr=True)
     check_compatible(build(1), follows_lr=True)
     once = Counts.steps
-    started = time.perf_counter()
     for i in range(2, 464):
         assert bool(check_compatible(build(i), follows_lr=True)) == bool(found)
-    assert time.perf_counter() - started < 1
     assert Counts.steps == once
 
 
