@@ -1,0 +1,127 @@
+"""A decay lives as long as its optimizer, and keeps nothing else alive."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import network, one_weight, parameter, pickled, zero_gradients
+from torch import nn
+
+from wd_callbacks.schedules import Linear
+from wd_callbacks.torch import DecoupledWD
+
+ARGUMENTS = [
+    {"wd": 0.1},
+    {"wd": Linear(0.1, 0), "total_steps": 9},
+    {"wd": 1e-7},
+    {"wd": {"*.weight": 0.1, "*": 0.2}},
+    {"wd": 0.1, "exclude": "bias"},
+    {"wd": 0.1, "anchor": "initial"},
+    {"wd": 0.1, "cautious": True},
+    {"wd": 0.1, "scale_by": "lr_ratio"},
+]
+
+
+@pytest.fixture
+def no_collector():
+    """The first optimizer of a process stays in a cycle of torch's own frames."""
+    one_weight()
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("is_held", [True, False])
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_optimizer_and_model_die_without_the_collector(arguments, raises, is_held):  # P11
+    class Caller:
+        """What the frame of a step that raises holds."""
+
+    model = network()
+    zero_gradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, **arguments, model=model)
+    optimizer.step()
+    decay.describe()
+    caller = Caller()
+    if raises:
+
+        def closure(caller=caller):
+            raise RuntimeError
+
+        with contextlib.suppress(RuntimeError):
+            optimizer.step(closure)
+        del closure
+    references = [weakref.ref(each) for each in (caller, optimizer, model)]
+    if not is_held:
+        del decay
+    del caller, optimizer, model
+    assert [reference() for reference in references] == [None] * 3
+    if is_held:
+        for method in (decay.describe, decay.state_dict):
+            with pytest.raises(ValueError, match="gone"):
+                method()
+        decay.detach()
+        assert not decay.is_attached
+
+
+def test_a_decay_that_nobody_holds_acts():  # P11
+    p, optimizer = one_weight()
+    DecoupledWD(optimizer, 0.5)
+    gc.collect()
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2,), 0.95))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_holds_its_optimizer_and_goes_on(duplicate):  # P9, P11
+    p, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, Linear(1, 0), total_steps=10)
+    for _ in range(4):
+        optimizer.step()
+    copied = duplicate(decay)
+    gc.collect()
+    other = copied.optimizer.param_groups[0]["params"][0]
+    other.grad = torch.zeros_like(other)
+    optimizer.step()
+    copied.optimizer.step()
+    assert copied.steps == decay.steps == 5
+    assert torch.equal(other, p)
+
+
+def test_lbfgs_decays_before_a_gradient_is_there():  # P1
+    a, without_gradient, frozen = parameter(), parameter(), parameter()
+    without_gradient.grad = frozen.grad = None
+    frozen.requires_grad_(False)
+    optimizer = torch.optim.LBFGS([a, without_gradient, frozen], lr=0.1, max_iter=3)
+    DecoupledWD(optimizer, 0.5)
+    seen = []
+
+    def closure():
+        seen.append([p[0].item() for p in (a, without_gradient, frozen)])
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            optimizer.step(closure)
+    assert seen == [pytest.approx([0.95, 0.95, 1]), pytest.approx([0.9025, 0.9025, 1])]
+
+
+def test_modules_are_held_by_no_selection():  # P11
+    model = nn.Linear(2, 2)
+    zero_gradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, 0.5, exclude="bias", model=model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert decay.describe(parameters=True)[0].name == "weight"
