@@ -299,6 +299,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     Example:
         >>> from pytorch_lightning import Trainer
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from wd_callbacks.lightning import DecoupledWD
         >>> trainer = Trainer(
         ...     fast_dev_run=True,
         ...     accelerator="cpu",
