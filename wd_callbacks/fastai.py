@@ -23,7 +23,7 @@ from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.groups import Group
 from wd_callbacks.core.layout import Setup, check_parameters, make_layout
 from wd_callbacks.core.selection import Selection
-from wd_callbacks.core.step import Step
+from wd_callbacks.core.step import Position, Step
 from wd_callbacks.core.table import Description
 from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run
@@ -119,7 +119,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         self._armed: Any = None  # the _ArmedStep of the fit that is running, or of the last one
         self._fits = 0  # `validate` in the middle of a fit fires `before_fit` and `after_fit` too
         self._is_fitting = False
-        self._position = _Position()
+        self._position = Position()
 
     @property
     def coefficients(self) -> list[float]:
@@ -290,17 +290,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
         own = {name: value for name, value in vars(self).items() if name in ("config", "learn")}
-        return {**own, "_armed": None, "_fits": 0, "_is_fitting": False, "_position": _Position()}
-
-
-class _Position:
-    """The training progress of the next step."""
-
-    value = 0.0
-
-    def __call__(self, decay: Decay) -> float:
-        """Return it."""
-        return self.value
+        return {**own, "_armed": None, "_fits": 0, "_is_fitting": False, "_position": Position()}
 
 
 class _ArmedStep:

@@ -18,11 +18,11 @@ from wd_callbacks.core.adapter import Adapter
 from wd_callbacks.core.attach import Attached, attach, unwrapped
 from wd_callbacks.core.checks import is_sequence
 from wd_callbacks.core.config import Config
-from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.rules import scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.state import NOT_A_STATE, changes, check_entries, is_amount, is_count
+from wd_callbacks.core.step import Position
 from wd_callbacks.core.table import Description
 from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run, Schedule
@@ -175,21 +175,10 @@ def _until(
     return batches, steps
 
 
-class _Position:
-    """The training progress of an optimizer's next step. The steps of one batch share it."""
-
-    def __init__(self) -> None:
-        self.value: float | None = None  # None: that of the batch that starts next
-
-    def __call__(self, decay: Decay) -> float:
-        """Return it."""
-        return self.value or 0.0
-
-
 class _Optimizer:
     """One of the Trainer's optimizers, with its decay and its place in the run."""
 
-    def __init__(self, attached: Attached, position: _Position) -> None:
+    def __init__(self, attached: Attached, position: Position) -> None:
         self.attached, self.position = attached, position
         self.optimizer: Any = attached.optimizer  # until training ends, also if it is replaced
         self.is_skipped = False  # the step of this batch, by a gradient scaler
@@ -423,14 +412,14 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             self.config.exclude, configs[0].keys if configs else (), pl_module, rank_zero_warn
         )
         for index, config in zip(indices, configs):
-            self._decays[index] = self._attach(trainer, index, config, _Position())
+            self._decays[index] = self._attach(trainer, index, config, Position())
             if index in self._loaded:
                 self._decays[index].load_state_dict(self._loaded[index], run)
         self._loaded = {}
         if self.config.verbose:
             rank_zero_only(print)(self.describe())
 
-    def _attach(self, trainer: Any, index: int, config: Config, position: _Position) -> _Optimizer:
+    def _attach(self, trainer: Any, index: int, config: Config, position: Position) -> _Optimizer:
         optimizer = trainer.optimizers[index]
         setup = Setup(
             config,

@@ -19,6 +19,7 @@ from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.rules import Rule, scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.state import changes, check_entries, is_count
+from wd_callbacks.core.step import Position
 from wd_callbacks.core.table import Description
 from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run
@@ -103,7 +104,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             )
         self._attached: Any = None
         self._optimizer: Any = None  # held until training ends, also if it is replaced
-        self._position = _Position()
+        self._position = Position()
         self._steps_logged = 0
 
     @property
@@ -271,21 +272,11 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run."""
-        run = {"_attached": None, "_optimizer": None, "_position": _Position()}
+        run = {"_attached": None, "_optimizer": None, "_position": Position()}
         return {"config": self.config, **run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _steps_logged=0)
-
-
-class _Position:
-    """The training progress of the next step."""
-
-    value = 0.0
-
-    def __call__(self, decay: Decay) -> float:
-        """Return it."""
-        return self.value
 
 
 def _running_trainers() -> list[Trainer]:

@@ -15,6 +15,17 @@ from wd_callbacks.core.groups import WD_KEYS, Group
 _ZERO = float("0")  # recognized by identity, so that a 0.0 set by someone else is left alone
 
 
+class Position:
+    """The training progress of an optimizer's next step, as its adapter notes it."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None  # None: not known yet
+
+    def __call__(self, decay: Decay) -> float:
+        """Return it, in [0, 1]."""
+        return self.value or 0.0
+
+
 class Step:
     """Decays right before an optimizer's update, and zeroes its own weight decay meanwhile.
 
