@@ -68,7 +68,7 @@ def survives(mutant: Mutant) -> bool:
             raise ValueError(f"{mutant.file} has no {mutant.line!r}")
         path.write_text(text.replace(mutant.line, mutant.broken, 1))
         tests = sorted(str(test) for test in Path(folder, "tests").glob(f"{mutant.tests}*.py"))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *tests]
         environment = {**os.environ, "PYTHONPATH": folder}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if run.returncode not in (0, 1):
