@@ -1,19 +1,15 @@
 """Training on several processes is AdamW's in the same setting, to the bit, on each of them (P12).
 
-The programs in ``processes/`` are started as torchrun would start them, two processes each, with
-gloo on the CPU. Each of them runs many scenarios, as most of the time goes into starting.
+``python -m processes`` runs all scenarios in two processes, with gloo on the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning.pytorch
@@ -32,7 +28,7 @@ from wd_callbacks.lightning import DecoupledWD as LightningWD
 from wd_callbacks.torch import DecoupledWD
 
 HERE = Path(__file__).parent
-LIMIT = 300  # seconds for a program, which needs a tenth of that alone on two cores
+LIMIT = 300  # seconds; a tenth of that is needed on two cores
 
 gloo = pytest.mark.skipif(
     sys.platform == "win32"
@@ -41,78 +37,56 @@ gloo = pytest.mark.skipif(
 )
 
 
-# Starting the programs
-
-
-def free_port():
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        return it.getsockname()[1]
-
-
-def launch(program, folder, processes):
-    """Runs a program to its end, or to that of our patience; its output is in ``folder``."""
+def launch(folder):
+    """Runs the scenarios to their end, or to that of our patience; what they print is a log."""
     folder.mkdir()
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(processes),
+    env = {
+        **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",  # else FSDP2 would shard over GPUs
         "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
     }
-    started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        with open(folder / f"log{rank}", "w") as log:
-            command = [sys.executable, "-m", f"processes.{program}", str(folder)]
-            env = {**os.environ, **shared, **own}
-            started.append(
-                subprocess.Popen(
-                    command, cwd=HERE, env=env, stdout=log, stderr=log, start_new_session=True
-                )
-            )
-    deadline = time.monotonic() + LIMIT
+    command = [sys.executable, "-m", "processes", str(folder)]
+    with open(folder / "log", "w") as log:
+        streams = {"stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=HERE, env=env, **streams)
     try:
-        for process in started:
-            process.wait(max(0.0, deadline - time.monotonic()))
+        process.wait(LIMIT)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        for process in started:  # and what they have started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # and what it has started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")
-def ends(tmp_path_factory):
-    """Gives what a scenario came to in each process. A program runs once for all tests."""
+def folder(tmp_path_factory):
+    """What the scenarios saved. They run once for all tests."""
     pytest.importorskip("torch.distributed.fsdp")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            launch(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ends(folder):
+    """Gives what a scenario came to in each process."""
     from processes.fsdp2 import RUNS_ON_CPUS
 
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    paths = [folder / f"rank{rank}.pt" for rank in range(2)]
+    saved = [torch.load(path) if path.exists() else {} for path in paths]
+    missing = f"it did not come to that:\n{(folder / 'log').read_text()[-6000:]}"
 
-    @functools.cache
-    def results(program, processes):
-        folder = shared / f"processes-{program}"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                launch(program, folder, processes)
-        logs = [folder / f"log{rank}" for rank in range(processes)]
-        paths = [folder / f"rank{rank}.pt" for rank in range(processes)]
-        saved = [torch.load(path) if path.exists() else {} for path in paths]
-        return list(zip(saved, [log.read_text()[-3000:] for log in logs]))
-
-    def came_to(program, scenario, processes=2):
+    def came_to(scenario):
         if "fsdp2" in scenario and not RUNS_ON_CPUS:
             pytest.skip("FSDP2 needs a GPU before torch 2.6")
-        found = []
-        for rank, (saved, log) in enumerate(results(program, processes)):
-            end = saved.get(scenario, f"it did not come to that:\n{log}")
+        found = [each.get(scenario, missing) for each in saved]
+        for rank, end in enumerate(found):
             assert not isinstance(end, str), f"process {rank}: {end}"
-            found.append(end)
         return found
 
     return came_to
@@ -122,59 +96,44 @@ def equal(ours, theirs):
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-def check(processes, whole=True):
-    """Ours are AdamW's bits, in every process the same if each holds the ``whole`` model."""
+SHARDS = ("lightning_fsdp1", "fsdp1_excludes")  # in which each process holds a part
+
+
+def check(processes, scenario):
+    """Ours are AdamW's bits, in every process the same if each holds the whole model."""
     for end in processes:
         assert equal(end["ours"], end["adamw"])
         assert not equal(end["ours"], end["undecayed"])
-        if whole:
+        if scenario not in SHARDS:
             assert equal(end["ours"], processes[0]["ours"])
 
 
 SCENARIOS = [
-    ("lightning_run", "ddp"),
-    ("lightning_run", "ddp_by_default"),
-    ("lightning_run", "ddp_manual"),
-    ("lightning_run", "ddp_in_the_other_package"),
-    ("lightning_run", "ddp_accumulation_and_one_cycle"),
-    ("lightning_run", "ddp_bf16"),
-    ("lightning_run", "ddp_schedule"),
-    ("lightning_run", "fsdp1"),
-    ("lightning_run", "fsdp2"),
-    ("sharded", "fsdp2_for_loop"),
-    ("sharded", "fsdp2_foreach"),
-    ("sharded", "fsdp2_by_default"),
-    ("sharded", "fsdp2_beside_plain_tensors"),
-    ("sharded", "fsdp2_overflow"),  # P1
-    ("sharded", "fsdp2_grad_scaler"),  # P1
-    ("sharded", "fsdp2_over_several_meshes"),
-    ("sharded", "fsdp2_and_tensor_parallel"),
-    ("sharded", "fsdp1_flattened"),
-    ("sharded", "fsdp1_by_name"),
-    ("sharded", "ddp_unused"),  # P2
-    ("sharded", "zero_of_adam"),  # P3
-    ("sharded", "zero_in_buckets"),
-    ("sharded", "local_sgd"),
+    *("ddp", "ddp_manual", "ddp_in_the_other_package", "ddp_accumulation_and_one_cycle"),
+    *("ddp_schedule", "lightning_fsdp1", "lightning_fsdp2"),
+    *("fsdp2_for_loop", "fsdp2_foreach", "fsdp2_beside_plain_tensors", "fsdp2_grad_scaler"),  # P1
+    *("fsdp2_over_several_meshes", "fsdp2_and_tensor_parallel", "fsdp1_flattened"),
+    *("ddp_unused", "zero_in_buckets", "local_sgd"),  # P2, P3
 ]
 
 
 @gloo
-@pytest.mark.parametrize(("program", "scenario"), SCENARIOS, ids="/".join)
-def test_equals_adamw(ends, program, scenario):  # P4, P5, P12
-    check(ends(program, scenario), whole=(program, scenario) != ("lightning_run", "fsdp1"))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_equals_adamw(ends, scenario):  # P4, P5, P12
+    check(ends(scenario), scenario)
 
 
 @gloo
 def test_fsdp2_shards_unevenly(ends):
     """The reason for the tests above: of some parameters a process holds nothing."""
-    first, second = ends("sharded", "fsdp2_for_loop")
+    first, second = ends("fsdp2_for_loop")
     assert first["rows"] == [3, 3, 3, 3, 3, 3, 1, 1]
     assert second["rows"] == [2, 2, 2, 2, 2, 2, 0, 0]
 
 
 @gloo
 def test_lightning_logs_and_prints_on_rank_zero_alone(ends):  # P7, P13
-    first, second = ends("lightning_run", "ddp_schedule")
+    first, second = ends("ddp_schedule")
     assert [value for metrics, _ in first["notes"] for value in metrics.values()] == first["used"]
     assert [step for _, step in first["notes"]] == list(range(8))
     assert second["notes"] == []
@@ -184,21 +143,26 @@ def test_lightning_logs_and_prints_on_rank_zero_alone(ends):  # P7, P13
 
 
 @gloo
-@pytest.mark.parametrize("scenario", ["ddp_resumed", "fsdp2_resumed"])
-def test_lightning_resumed_equals_uninterrupted(ends, scenario):  # P9, P12
-    first, second = ends("lightning_run", scenario)
+def test_lightning_that_starts_its_own_processes(ends, folder):  # P4, P12
+    spawned = torch.load(folder / "ddp_fork.pt")
+    assert equal(spawned["ours"], ends("ddp")[0]["adamw"])
+    assert spawned["attached"] == {}
+
+
+@gloo
+@pytest.mark.parametrize("scenario", ["ddp_resumed", "lightning_fsdp2_resumed", "fsdp2_resumed"])
+def test_resumed_equals_uninterrupted(ends, scenario):  # P9, P12
+    first, second = ends(scenario)
     for end in (first, second):
         assert equal(end["resumed"], end["whole"])
         assert not equal(end["forgetful"], end["whole"])
         assert equal(end["whole"], first["whole"])
-        assert end["states"][0] == end["states"][1] == first["states"][0]
-
-
-@gloo
-def test_lightning_that_starts_its_own_processes(ends):  # P4, P12
-    (spawned,) = ends("spawning", "ddp_fork", processes=1)
-    assert equal(spawned["ours"], ends("lightning_run", "ddp")[0]["adamw"])
-    assert spawned["attached"] == {}
+    if scenario == "fsdp2_resumed":
+        assert first["state"] == second["state"]
+        assert first["end"] == second["end"]
+        assert len(set(first["state"]["owed"][0])) > 1  # it differs between parameters
+    else:
+        assert first["states"] == second["states"] == [first["states"][0]] * 2
 
 
 @gloo
@@ -206,53 +170,36 @@ def test_lightning_that_starts_its_own_processes(ends):  # P4, P12
     ("scenario", "prefixes"),
     [
         ("fsdp2_excludes", ("trunk.0._checkpoint_wrapped_module.", "branch._orig_mod.")),
-        ("ddp_excludes", ("module.trunk.0._checkpoint_", "module.branch._orig_mod.")),
         ("compiled_ddp_excludes", ("_orig_mod.module.trunk.0._checkpoint_wrapped_module.",)),
         ("fsdp1_excludes", ("_fsdp_wrapped_module.trunk._fsdp_wrapped_module.0.",)),
         ("zero_excludes", ("module.branch.",)),
     ],
 )
 def test_excludes_by_the_names_without_wrappers(ends, scenario, prefixes):  # P7, P12
-    processes = ends("sharded", scenario)
-    check(processes, whole=scenario != "fsdp1_excludes")
+    processes = ends(scenario)
+    check(processes, scenario)
     for prefix in prefixes:
         assert any(name.startswith(prefix) for name in processes[0]["names"])
 
 
 @gloo
-def test_fsdp2_resumed_equals_uninterrupted(ends):  # P9, P12
-    first, second = ends("sharded", "fsdp2_resumed")
-    assert first["state"] == second["state"]
-    assert first["end"] == second["end"]
-    assert len(set(first["state"]["owed"][0])) > 1  # it differs between parameters
-    for end in (first, second):
-        assert equal(end["resumed"], end["whole"])
-        assert not equal(end["forgetful"], end["whole"])
-        assert equal(end["whole"], first["whole"])
-
-
-@gloo
-def test_fsdp2_applies_deferred_decay_as_one_process_does(ends):  # P8, P12
-    for end in ends("sharded", "fsdp2_deferred"):
+def test_deferred_decay_is_applied_as_in_one_process(ends):  # P2, P8, P12
+    for end in ends("fsdp2_deferred"):
         assert equal(end["ours"], end["alone"])
         assert not equal(end["ours"], end["start"])
+    (ours, state), (theirs, other) = (end["deferred"] for end in ends("ddp_unused"))
+    assert equal(ours, theirs)
+    assert state == other
+    assert len(set(state["owed"][0])) > 1
 
 
 @gloo
 def test_fsdp1_resumed_by_its_own_state_and_by_that_of_process_0(ends):  # P9, P12
-    first, second = ends("sharded", "fsdp1_resumed")
+    first, second = ends("fsdp1_resumed")
     assert first["state"] == second["state"]
     for end in (first, second):
         assert equal(end["by its own"], end["whole"])
     assert equal(second["by process 0's"], second["whole"])
-
-
-@gloo
-def test_ddp_defers_alike_in_every_process(ends):  # P2, P8, P12
-    (ours, state), (theirs, other) = (end["deferred"] for end in ends("sharded", "ddp_unused"))
-    assert equal(ours, theirs)
-    assert state == other
-    assert len(set(state["owed"][0])) > 1
 
 
 @gloo
@@ -266,7 +213,7 @@ def test_ddp_defers_alike_in_every_process(ends):  # P2, P8, P12
     ],
 )
 def test_refuses_with_a_remedy(ends, scenario, key, remedy):  # P5, P10
-    for end in ends("sharded", scenario):
+    for end in ends(scenario):
         assert remedy in end[key]
 
 
@@ -301,8 +248,9 @@ def whole(model):
     return weights(p.full_tensor() if it else p for p, it in zip(params, is_sharded)), is_sharded
 
 
-@pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "left whole"])
-@pytest.mark.parametrize("foreach", [False, True], ids=["for-loop", "foreach"])
+@pytest.mark.parametrize(
+    ("reshard", "foreach"), [(True, False), (False, True)], ids=["resharded", "left whole"]
+)
 def test_parameters_that_are_sharded_anew_decay_as_adamw_s(mesh, reshard, foreach):  # P11, P12
     def run(cls, wd, decays=False):
         model = sharded(network(), mesh, reshard_after_forward=reshard)

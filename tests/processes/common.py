@@ -1,18 +1,8 @@
-"""What the programs share: models, data that differ from process to process, and how to report.
-
-    python -m processes.PROGRAM FOLDER
-
-runs every scenario of a program in one process, with torchrun's environment variables, and saves
-what each returned in ``FOLDER/rank0.pt`` and so on. The tests compare.
-"""
+"""What the scenarios share: models, and data that differ from process to process."""
 
 from __future__ import annotations
 
-import sys
-import traceback
-import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,52 +10,16 @@ from torch import nn
 from torch.optim import Adam, AdamW
 
 LR, WD, INNER_WD = 0.01, 0.1, 0.37
-TIMEOUT = timedelta(seconds=30)  # of a collective, if one process stops
+TIMEOUT = timedelta(seconds=60)  # of a collective, if one process stops
 
 SCENARIOS = {}
+"""From a name to a function of the folder, which returns what the tests compare."""
 
 
 def scenario(function):
-    """Registers a function for ``main``, by its name."""
-    SCENARIOS[function.__name__] = function
+    """Registers a scenario that takes no folder, by its name."""
+    SCENARIOS[function.__name__] = lambda folder: function()
     return function
-
-
-def scenarios(**functions):
-    """Registers several."""
-    SCENARIOS.update(functions)
-
-
-def rank():
-    """Which of the processes this is."""
-    return dist.get_rank()
-
-
-def main():
-    """Runs the scenarios, all or those named, and saves what each returned, or how it failed."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", category=UserWarning, module="wd_callbacks")
-    warnings.filterwarnings("ignore", message=".*no state")
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    asides, number = dist.new_group(timeout=TIMEOUT), rank()
-    ends = {}
-    for name in sys.argv[2:] or SCENARIOS:
-        torch.manual_seed(0)
-        try:
-            ends[name] = SCENARIOS[name]()
-        except Exception:
-            ends[name] = traceback.format_exc()
-        # If one process failed alone, the other waits for it, and for the wrong thing from then on.
-        failures = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(failures, isinstance(ends[name], str), group=asides)
-        except RuntimeError:
-            break
-        if len(set(failures)) > 1:
-            break
-    torch.save(ends, Path(sys.argv[1]) / f"rank{number}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Net(nn.Module):
@@ -91,7 +45,7 @@ def network():
 
 def batch_of(index, of=None):
     """Inputs and targets that depend on the position, and on the process."""
-    generator = torch.Generator().manual_seed(2 * index + (rank() if of is None else of))
+    generator = torch.Generator().manual_seed(2 * index + (dist.get_rank() if of is None else of))
     return torch.randn(4, 6, generator=generator), torch.randn(4, 1, generator=generator)
 
 

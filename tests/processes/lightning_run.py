@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch
 import pytorch_lightning
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_helpers import fit, model_class, notes_logger, one_cycle
-from processes.common import INNER_WD, LR, batch_of, main, scenario, scenarios, three_runs, values
+from processes.common import INNER_WD, LR, SCENARIOS, WD, batch_of, scenario, three_runs, values
 from processes.fsdp2 import fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.functional import mse_loss
@@ -53,7 +51,7 @@ class Sharded(Model):
 def trained(
     cls, make, *callbacks, model=None, strategy=lambda: "ddp", package=lightning.pytorch, **settings
 ):
-    """The model after training; its ``trainer`` is still there."""
+    """The model after training."""
     settings = {"devices": 2, "strategy": strategy(), "epochs": EPOCHS, **settings}
     module = cls(make, **model or {})
     return fit(package, make, *callbacks, model=module, batches=2 * BATCHES, **settings)
@@ -63,11 +61,19 @@ def optimizer_of(cls, wd):
     return lambda module: cls(module.parameters(), lr=LR, weight_decay=wd)
 
 
-def against_adamw(cls=Model, quantum=0, wrap=lambda make: make, **settings):
+def start_processes(folder):
+    """A Trainer that starts its processes itself; saves the weights that come back to this one."""
+    decay = DecoupledWD(WD, quantum=0)
+    model = trained(Model, optimizer_of(Adam, INNER_WD), decay, strategy=lambda: "ddp_fork")
+    ends = {"ours": values(model.parameters()), "attached": decay.coefficients}
+    torch.save(ends, folder / "ddp_fork.pt")
+
+
+def against_adamw(cls=Model, wrap=lambda make: make, **settings):
     """The three runs in a Trainer with ``settings``; ``wrap`` adds a scheduler."""
 
     def train(optimizer, wd, decays):
-        callbacks = [DecoupledWD(0.1, quantum=quantum)] if decays else []
+        callbacks = [DecoupledWD(WD, quantum=0)] if decays else []
         return trained(cls, wrap(optimizer_of(optimizer, wd)), *callbacks, **settings).ends
 
     return three_runs(train)
@@ -81,20 +87,20 @@ class FSDP1(FSDPStrategy):
 
 
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
-accumulated = {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}
-
-scenarios(
-    ddp=against_adamw,
-    ddp_by_default=lambda: against_adamw(quantum=None),
-    ddp_manual=lambda: against_adamw(model={"manual": True}),
-    ddp_in_the_other_package=lambda: against_adamw(Older, package=pytorch_lightning),
-    ddp_accumulation_and_one_cycle=lambda: against_adamw(
-        wrap=lambda make: partial(one_cycle, make, steps=EPOCHS * BATCHES // 4), **accumulated
-    ),
-    ddp_bf16=lambda: against_adamw(precision="bf16-mixed"),
-    fsdp2=lambda: against_adamw(Sharded, strategy=sharding),
-    fsdp1=lambda: against_adamw(strategy=FSDP1),
-)
+AGAINST_ADAMW = {
+    "ddp": {},
+    "ddp_manual": {"model": {"manual": True}},
+    "ddp_in_the_other_package": {"cls": Older, "package": pytorch_lightning},
+    "ddp_accumulation_and_one_cycle": {
+        "wrap": lambda make: partial(one_cycle, make, steps=EPOCHS * BATCHES // 4),
+        "accumulate_grad_batches": 4,
+        "gradient_clip_val": 0.1,
+    },
+    "lightning_fsdp2": {"cls": Sharded, "strategy": sharding},
+    "lightning_fsdp1": {"strategy": FSDP1},
+}
+for name, settings in AGAINST_ADAMW.items():
+    SCENARIOS[name] = lambda folder, settings=settings: against_adamw(**settings)
 
 
 class Sets(lightning.pytorch.Callback):
@@ -128,9 +134,9 @@ def ddp_schedule():
     }
 
 
-def resumed(cls, name, **settings):
+def resumed(folder, cls, **settings):
     """A run with deferred decay when it is saved, and one that forgets that."""
-    folder = Path(sys.argv[1]) / name
+    folder = folder / cls.__name__
     train = partial(trained, cls, optimizer_of(Adam, INNER_WD), **settings)
 
     def decay(optimizers=None):  # against shrinks of about 1e-3
@@ -151,10 +157,5 @@ def resumed(cls, name, **settings):
     }
 
 
-scenarios(
-    ddp_resumed=lambda: resumed(Model, "ddp"),
-    fsdp2_resumed=lambda: resumed(Sharded, "fsdp2", strategy=sharding),
-)
-
-if __name__ == "__main__":
-    main()
+SCENARIOS["ddp_resumed"] = lambda folder: resumed(folder, Model)
+SCENARIOS["lightning_fsdp2_resumed"] = lambda folder: resumed(folder, Sharded, strategy=sharding)

@@ -10,13 +10,11 @@ import torch.distributed as dist
 from processes.common import (
     INNER_WD,
     LR,
+    SCENARIOS,
     WD,
     batch_of,
-    main,
     network,
-    rank,
     scenario,
-    scenarios,
     three_runs,
     values,
 )
@@ -39,37 +37,44 @@ EXCLUDED |= {"head.bias"}
 QUANTUM = 2.5e-3  # against a shrink of 1e-3
 
 
-def sharded(model=None, **settings):
-    """The network in three units of FSDP2."""
-    model = model or network()
-    for module in (model.trunk, model.branch, model):
-        fully_shard(module, **settings)
-    return model
-
-
-def steps(model, optimizer, batches=6, branch=lambda index: True, of=None):
+def steps(model, optimizer, batches=range(6), branch=lambda index: True, of=None):
     """The plain loop."""
-    for index in range(batches) if isinstance(batches, int) else batches:
+    for index in batches:
         x, y = batch_of(index, of)
         mse_loss(model(x, branch(index)), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
+def seldom(index):
+    """The branch is left out now and then, so that what is deferred differs."""
+    return index % 4 != 2
+
+
 def split(model, cls, wd, **settings):
     """An optimizer with the decay in the groups, by the names that an unwrapped model has."""
     names = [name for name, _ in network().named_parameters()]
-    params = list(model.parameters())
-    assert len(names) == len(params)
     groups = [
         {"params": [p], "weight_decay": 0.0 if name in EXCLUDED else wd}
-        for name, p in zip(names, params)
+        for name, p in zip(names, model.parameters(), strict=True)
     ]
     return cls(groups, **settings)
 
 
+def whole(model):
+    return values(model.parameters())
+
+
 def against_adamw(
-    build, *, train=steps, make=None, quantum=0, exclude=(), check=None, end=None, **settings
+    build,
+    *,
+    train=steps,
+    make=lambda params, cls, **settings: cls(params, **settings),
+    quantum=0,
+    exclude=(),
+    check=lambda model, optimizer: None,
+    end=whole,
+    **settings,
 ):
     """Ours, AdamW and neither.
 
@@ -83,30 +88,35 @@ def against_adamw(
         end: From the model to its whole weights.
         settings: Arguments of the optimizer.
     """
-    make = make or (lambda params, cls, **settings: cls(params, **settings))
     names = []
 
     def run(cls, wd, decays):
         model = build()
-        arguments = {"lr": LR, "weight_decay": wd, **settings}
         if exclude and not decays:
             optimizer = split(model, partial(make, cls=cls), wd, lr=LR, **settings)
         else:
-            optimizer = make(model.parameters(), cls=cls, **arguments)
+            optimizer = make(model.parameters(), cls=cls, lr=LR, weight_decay=wd, **settings)
         if decays:
             DecoupledWD(optimizer, WD, quantum=quantum, exclude=exclude, model=model)
         train(model, optimizer)
         if not exclude:
             assert optimizer.param_groups[0]["weight_decay"] == wd
-        if check:
-            check(model, optimizer)
+        check(model, optimizer)
         names[:] = [name for name, _ in model.named_parameters()]
-        return (end or (lambda model: values(model.parameters())))(model)
+        return end(model)
 
     return {**three_runs(run), "names": names}
 
 
 # FSDP2
+
+
+def sharded(model=None, **settings):
+    """The network in three units of FSDP2."""
+    model = model or network()
+    for module in (model.trunk, model.branch, model):
+        fully_shard(module, **settings)
+    return model
 
 
 def fsdp2(**settings):
@@ -117,14 +127,7 @@ def fsdp2(**settings):
     return {**against_adamw(sharded, check=check, **settings), "rows": rows}
 
 
-scenarios(
-    fsdp2_for_loop=lambda: fsdp2(foreach=False),
-    fsdp2_foreach=lambda: fsdp2(foreach=True),
-    fsdp2_by_default=lambda: fsdp2(foreach=False, quantum=None),
-)
-
-
-def wrapped(compiled=True):
+def wrapped(compiled):
     """With an activation checkpoint around one module and the compiler around another."""
     model = network()
     model.trunk[0] = checkpoint_wrapper(model.trunk[0])
@@ -133,25 +136,9 @@ def wrapped(compiled=True):
     return model
 
 
-scenarios(
-    fsdp2_excludes=lambda: against_adamw(lambda: sharded(wrapped()), exclude=EXCLUDE),
-    ddp_excludes=lambda: against_adamw(lambda: DistributedDataParallel(wrapped()), exclude=EXCLUDE),
-)
-
-
-@scenario
-def compiled_ddp_excludes():
+def compiled_ddp():
     torch._dynamo.config.optimize_ddp = False  # torch 2.4 cannot split what is checkpointed
-
-    def build():
-        return torch.compile(DistributedDataParallel(wrapped(compiled=False)), backend="eager")
-
-    return against_adamw(build, exclude=EXCLUDE)
-
-
-def seldom(index):
-    """The branch is left out now and then, so that what is deferred differs."""
-    return index % 4 != 2
+    return torch.compile(DistributedDataParallel(wrapped(False)), backend="eager")
 
 
 @scenario
@@ -172,12 +159,12 @@ def fsdp2_resumed():
             if with_decay or not isinstance(part, DecoupledWD):
                 part.load_state_dict(saved)
         steps(*again[:2], range(8, 14), seldom)
-        return values(again[0].parameters())
+        return whole(again[0])
 
     return {
         "state": state[2],
         "end": parts[2].state_dict(),
-        "whole": values(parts[0].parameters()),
+        "whole": whole(parts[0]),
         "resumed": resumed(True),
         "forgetful": resumed(False),
     }
@@ -195,10 +182,9 @@ def fsdp2_deferred():
             (model(x, seldom(index)).sum() * 0).backward()
             optimizer.step()
             optimizer.zero_grad()
-        return values(model.parameters())
+        return whole(model)
 
-    ends = {"ours": decayed(sharded()), "alone": decayed(network())}
-    return {**ends, "start": values(network().parameters())}
+    return {"ours": decayed(sharded()), "alone": decayed(network()), "start": whole(network())}
 
 
 @scenario
@@ -224,22 +210,6 @@ def fsdp2_beside_plain_tensors():
 
 
 @scenario
-def fsdp2_overflow():
-    """What a gradient scaler sets on a fused optimizer."""
-
-    def train(model, optimizer):
-        for index in range(6):
-            x, y = batch_of(index)
-            mse_loss(model(x), y).backward()
-            optimizer.grad_scale = None
-            optimizer.found_inf = torch.tensor(float(index % 3 == 0))
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return against_adamw(sharded, train=train, fused=True)
-
-
-@scenario
 def fsdp2_grad_scaler():
     """The first gradients overflow, in process 1 alone."""
 
@@ -247,7 +217,8 @@ def fsdp2_grad_scaler():
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
         for index in range(6):
             x, y = batch_of(index)
-            loss = mse_loss(model(x), y) * (torch.inf if rank() == 1 and index % 3 == 0 else 1)
+            overflows = dist.get_rank() == 1 and index % 3 == 0
+            loss = mse_loss(model(x), y) * (torch.inf if overflows else 1)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -260,13 +231,13 @@ def fsdp2_grad_scaler():
 @scenario
 def fsdp2_over_several_meshes():
     """As where experts are sharded over other processes than the rest of the model."""
-    whole = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
 
     def build():
         model = network()
         fully_shard(model.branch, mesh=hybrid)
-        fully_shard(model, mesh=whole)
+        fully_shard(model, mesh=mesh)
         return model
 
     return against_adamw(build, foreach=False)
@@ -302,16 +273,9 @@ def fsdp1(exclude=(), **settings):
 
     def end(model):
         with FullyShardedDataParallel.summon_full_params(model):
-            return values(model.parameters())
+            return whole(model)
 
     return against_adamw(build, exclude=exclude, end=end)
-
-
-scenarios(
-    fsdp1_flattened=lambda: fsdp1(use_orig_params=False),
-    fsdp1_by_name=lambda: fsdp1(use_orig_params=True),
-    fsdp1_excludes=lambda: fsdp1(EXCLUDE, use_orig_params=True),
-)
 
 
 def refusal(action):
@@ -331,10 +295,7 @@ def fsdp1_flattened_excludes():
     def attach(named):
         DecoupledWD(Adam(model.parameters(), lr=LR), WD, exclude="bias", model=named)
 
-    return {
-        "wrapped": refusal(lambda: attach(model)),
-        "inner": refusal(lambda: attach(inner)),
-    }
+    return {"wrapped": refusal(lambda: attach(model)), "inner": refusal(lambda: attach(inner))}
 
 
 @scenario
@@ -352,7 +313,7 @@ def fsdp1_resumed():
 
     model, optimizer, decay = start()
     steps(model, optimizer, range(5))
-    weights = values(model.parameters())
+    weights = whole(model)
     state, decay_state = copy.deepcopy((optimizer.state_dict(), decay.state_dict()))
     steps(model, optimizer, range(5, 9))
 
@@ -364,19 +325,19 @@ def fsdp1_resumed():
         optimizer.load_state_dict(copy.deepcopy(state))
         decay.load_state_dict(decay_state)
         steps(model, optimizer, range(5, 9))
-        return values(model.parameters())
+        return whole(model)
 
     saved = [decay_state]
     dist.broadcast_object_list(saved)
     return {
         "state": decay_state,
-        "whole": values(model.parameters()),
+        "whole": whole(model),
         "by its own": resumed(decay_state),
         "by process 0's": resumed(saved[0]),
     }
 
 
-# DDP
+# DDP and ZeRO
 
 
 @scenario
@@ -384,23 +345,19 @@ def ddp_unused():
     """A branch that process 0 uses more often than process 1, and neither of them in some steps."""
 
     def used(index):
-        return index % 4 < (3 if rank() == 0 else 2)
+        return index % 4 < 3 - dist.get_rank()
 
     def build():
         return DistributedDataParallel(network(), find_unused_parameters=True)
 
     def train(model, optimizer):
-        steps(model, optimizer, 10, used)
+        steps(model, optimizer, range(10), used)
 
     model = build()
     optimizer = Adam(model.parameters(), lr=LR, weight_decay=INNER_WD)
     decay = DecoupledWD(optimizer, WD, quantum=QUANTUM)
     train(model, optimizer)
-    deferred = values(model.parameters()), decay.state_dict()
-    return {**against_adamw(build, train=train), "deferred": deferred}
-
-
-# ZeRO
+    return {**against_adamw(build, train=train), "deferred": (whole(model), decay.state_dict())}
 
 
 def zero(exclude=(), **settings):
@@ -410,19 +367,12 @@ def zero(exclude=(), **settings):
     def check(_, optimizer):
         own = optimizer.param_groups[0]["weight_decay"]
         optimizer.consolidate_state_dict(to=0)
-        if rank() == 0:
+        if dist.get_rank() == 0:
             assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == own
 
     return against_adamw(
         lambda: DistributedDataParallel(network()), make=make, check=check, exclude=exclude
     )
-
-
-scenarios(
-    zero_of_adam=lambda: zero(),
-    zero_in_buckets=lambda: zero(parameters_as_bucket_view=True),
-    zero_excludes=lambda: zero(EXCLUDE),
-)
 
 
 @scenario
@@ -445,11 +395,19 @@ def local_sgd():
         if decays:
             refusals.append(refusal(lambda: DecoupledWD(optimizer, WD)))
             DecoupledWD(inner, WD, quantum=0)
-        steps(model, optimizer, 5)
-        return values(model.parameters())
+        steps(model, optimizer, range(5))
+        return whole(model)
 
     return {**three_runs(run), "refusal": refusals[0]}
 
 
-if __name__ == "__main__":
-    main()
+SCENARIOS |= {
+    "fsdp2_for_loop": lambda folder: fsdp2(foreach=False),
+    "fsdp2_foreach": lambda folder: fsdp2(foreach=True, quantum=None),
+    "fsdp2_excludes": lambda folder: against_adamw(lambda: sharded(wrapped(True)), exclude=EXCLUDE),
+    "compiled_ddp_excludes": lambda folder: against_adamw(compiled_ddp, exclude=EXCLUDE),
+    "fsdp1_flattened": lambda folder: fsdp1(use_orig_params=False),
+    "fsdp1_excludes": lambda folder: fsdp1(EXCLUDE, use_orig_params=True),
+    "zero_in_buckets": lambda folder: zero(parameters_as_bucket_view=True),
+    "zero_excludes": lambda folder: zero(EXCLUDE),
+}
