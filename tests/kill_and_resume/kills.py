@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import inspect
 import io
 import os
@@ -15,12 +15,12 @@ import torch
 
 
 class Kill:
-    """When a program kills itself. With a ``pause`` it prints each batch, for others to kill it.
+    """When a program kills itself.
 
     Args:
         middle: In the middle of this batch.
         saving: While it saves, at this batch or later: half of the file is written.
-        pause: How many seconds longer each batch takes.
+        pause: How many seconds longer each batch takes, for others to kill it.
     """
 
     def __init__(self, middle=None, saving=None, pause=0.0):
@@ -28,9 +28,7 @@ class Kill:
 
     def start(self, batch):
         self.batch = batch
-        if self.pause:
-            print(batch, flush=True)
-            time.sleep(self.pause)
+        time.sleep(self.pause)
 
     def middle(self):
         if self.batch == self.at_middle:
@@ -44,17 +42,11 @@ class Kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(train):
-    """The command line of a program, which writes its final state to ``end.pt``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("variant")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--middle", type=int)
-    parser.add_argument("--saving", type=int)
-    parser.add_argument("--pause", type=float, default=0.0)
-    args = parser.parse_args()
-    kill = Kill(args.middle, args.saving, args.pause)
-    torch.save(train(args.variant, args.folder, kill), args.folder / "end.pt")
+def run(name, folder, **kill):
+    """Trains by the program of this name, in a process of its own, and saves how it ends."""
+    os.environ["TMPDIR"] = str(folder)  # Lightning writes there first: a kill may leave the file
+    end = importlib.import_module(f"kill_and_resume.{name}").train(folder, Kill(**kill))
+    torch.save(end, folder / "end.pt")
 
 
 def newest(folder):
