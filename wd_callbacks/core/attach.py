@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor
-from torch._compile import _disable_dynamo
+from torch.compiler import disable
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -87,9 +87,10 @@ class Attached:
         self._optimizer = weakref.ref(optimizer, lambda _: decay.release())
         self._on_start, self._is_running = on_start, is_running
         self._depth = 0  # of `step` calls: one may call `super().step()`
+        # Traced by torch.compile, a coefficient would be a constant to be compiled anew.
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(disable(self._before_step)),
+            optimizer.register_step_post_hook(disable(self._after_step)),
             optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
         # Post hooks of others find the groups as the user set them.
@@ -160,7 +161,6 @@ class Attached:
 
     # Hooks of the optimizer, in firing order
 
-    @_disable_dynamo  # traced, a coefficient would be a constant to be compiled anew
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -180,10 +180,12 @@ class Attached:
         found_inf = vars(optimizer).get("found_inf")  # set by GradScaler for fused optimizers
         if found_inf is not None and not isinstance(found_inf, Tensor):
             found_inf = None
+        if len(args) == 1 and not kwargs:
+            self._step.before((), kwargs, found_inf)
+            return None
         args, kwargs = self._step.before(args[1:], kwargs, found_inf)
         return (optimizer, *args), kwargs
 
-    @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if self._depth > 1:
             self._depth = sum(1 for _ in _running_steps(optimizer))
@@ -217,7 +219,7 @@ def checked(optimizer: Any) -> Optimizer:
 
 def check_unattached(optimizer: Optimizer) -> None:
     """Raise ValueError if a DecoupledWD is attached to ``optimizer``."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
+    hooks = [getattr(it, "__wrapped__", it) for it in optimizer._optimizer_step_pre_hooks.values()]
     if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks):
         raise ValueError(
             f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "

@@ -101,8 +101,10 @@ class Decay:
         """Go on from the decay of an optimizer that this one's has replaced."""
         before, layout = old.layout, self.layout
         if before.sizes == layout.sizes:  # the param groups are those of before
-            layout = layout._replace(groups=before.groups, rules=before.rules)
-        self.layout = layout._replace(deferred=before.all_deferred(), anchors=before.anchors)
+            layout = replace(layout, groups=before.groups, rules=before.rules)
+        self.layout = replace(
+            layout, deferred=before.all_deferred(), anchors=before.anchors
+        )
         self.steps, self.warn = old.steps, old.warn
         self.setup = replace(self.setup, warn=old.warn)
         self._has_started = old._has_started
@@ -135,9 +137,9 @@ class Decay:
 
     def _observe(self, groups: Sequence[Group], is_known: bool) -> None:
         """Add up what was due in this step, and warn of what the user should know."""
-        layout = self.layout
+        layout, shrinks = self.layout, self.shrinks
         for index in layout.active:
-            layout.rules[index].add_due(self.shrinks[index].amount, is_known)
+            layout.rules[index].add_due(shrinks[index].amount, is_known)
         if layout.watched:
             self._check_lrs()
         if layout.anchors and not all(layout.rules[index].is_known for index in layout.active):

@@ -28,9 +28,10 @@ below_autograd = functools.partial(torch._C._ExcludeDispatchKeyGuard, _AUTOGRAD)
 
 def multiply_(call: Call, due: Sequence[Part]) -> None:
     """``p <- p * (1 - shrink)``: decoupled weight decay (arXiv 1711.05101, Algorithm 2)."""
-    (bucket, shrink), *others = due
-    params, factor = bucket.params, bucket.operand(shrink.factor)
-    if others:
+    if len(due) == 1:
+        [(bucket, shrink)] = due
+        params, factor = bucket.params, bucket.operand(shrink.factor)
+    else:
         params, factor = _spread(call, due, _factors(due))
     torch._foreach_mul_(params, factor)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Setup:
         return Anchors(self.config.anchor)
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """What was made of the param groups as they were at some step.
 
     Attributes:
@@ -81,9 +82,9 @@ class Layout(NamedTuple):
     groups: Sequence[GroupState] = ()
     rules: Sequence[Rule] = ()
     calls: Sequence[Call] = ()
-    deferred: Mapping[Tensor, Deferred] = {}
-    anchors: Mapping[Tensor, Tensor] = {}
-    selected: Mapping[Tensor, Selected] = {}
+    deferred: Mapping[Tensor, Deferred] = field(default_factory=dict)
+    anchors: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    selected: Mapping[Tensor, Selected] = field(default_factory=dict)
     active: Sequence[int] = ()
     watched: Sequence[Rule] = ()
 

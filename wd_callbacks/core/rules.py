@@ -92,9 +92,10 @@ class Rule:
 
     def add_due(self, amount: float | Tensor, is_known: bool) -> None:
         """Add up what a step was due to subtract, if the host knows."""
-        if (type(self.lr) is float or self.lr.is_cpu) and self.lr > self.highest_lr:
-            self.highest_lr = float(self.lr)
-        if isinstance(amount, Tensor):
+        lr = self.lr
+        if (type(lr) is float or lr.is_cpu) and lr > self.highest_lr:
+            self.highest_lr = float(lr)
+        if type(amount) is not float:
             self.is_known = False
         elif amount:
             self.is_known = self.is_known and is_known

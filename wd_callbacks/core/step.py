@@ -73,10 +73,11 @@ class Step:
             self.cancel()  # what a step that raised has left behind
         groups = self._groups()
         closure = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
-        self._awaits_closure = callable(closure) and not self._decays_first
+        has_closure = closure is not None and callable(closure)
+        self._awaits_closure = has_closure and not self._decays_first
         if not self._awaits_closure:
             self._decay(groups, found_inf)
-        if callable(closure):
+        if has_closure:
             evaluate = self._wrapped(closure, found_inf)
             if "closure" in kwargs:
                 kwargs = {**kwargs, "closure": evaluate}
