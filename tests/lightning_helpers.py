@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from helpers import INNER_WD, batch_of, network
 from torch.nn.functional import mse_loss
@@ -240,3 +241,19 @@ def notes_logger(package):
             self.notes.append((dict(metrics), step))
 
     return Notes()
+
+
+def averaging(package, name, epoch=2):
+    """A callback that averages the weights, if the package has it."""
+    cls = getattr(package.callbacks, name, None)
+    if cls is None:
+        pytest.skip(f"this {package.__name__} has no {name}")
+    if name == "EMAWeightAveraging":
+        return cls(decay=0.8)
+    return cls(swa_lrs=LR, swa_epoch_start=epoch)
+
+
+each_package = pytest.mark.parametrize(
+    "package", ["pytorch_lightning", "lightning.pytorch"], indirect=True
+)
+"""Both, for a test of what every other one relies on."""
