@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -182,6 +183,27 @@ class When(Callback):
         if self.batches is None or self.learn.train_iter in self.batches:
             self.hits += 1
             self.action(self.learn)
+
+
+class CpuMixedPrecision(MixedPrecision):
+    """fastai's, on the CPU: its own before_fit asks for CUDA. It notes the steps that happen.
+
+    Gradients that are multiplied by 2^127 overflow float32: at the first batch and every third.
+    """
+
+    def __init__(self):
+        scales = {"init_scale": 2.0**127, "growth_factor": 2.0**8, "backoff_factor": 2.0**-8}
+        super().__init__(**scales, growth_interval=2)
+
+    def before_fit(self):
+        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+        self.learn.scaler = torch.amp.GradScaler("cpu", **self.kwargs)
+        self.scales, self.steps = [], []
+
+    def after_step(self):
+        if not self.skipped:
+            self.steps.append(self.learn.train_iter)
+        super().after_step()
 
 
 def throw(exception):

@@ -257,3 +257,4 @@ each_package = pytest.mark.parametrize(
     "package", ["pytorch_lightning", "lightning.pytorch"], indirect=True
 )
 """Both, for a test of what every other one relies on."""
+each_way = pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
