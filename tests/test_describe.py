@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from adapters import each_adapter, run
@@ -116,12 +118,6 @@ def test_verbose_prints_a_resumed_run_too(capsys):  # P9
     assert capsys.readouterr().out.count("0.26") == 1
 
 
-@pytest.mark.parametrize("cls", [FastaiWD, LightningWD])
-def test_there_is_nothing_to_describe_before_training(cls):  # P10
-    with pytest.raises(ValueError, match="before"):
-        cls(0.1).describe()
-
-
 def test_lightning_describes_the_fit_also_after_a_test_of_its_checkpoint(package, tmp_path):  # P13
     decay = LightningWD(Linear(0.6, 0))
     save = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
@@ -140,7 +136,7 @@ def test_fastai_leaves_out_norms_and_biases_by_default(wd_bn_bias):  # P2
     assert decay.describe()[0].decaying[0] == (10 if wd_bn_bias else 3)
 
 
-# A decay without effect
+# A decay without effect, or with an unwanted one
 
 
 @pytest.mark.parametrize(
@@ -163,3 +159,30 @@ def test_a_schedule_that_starts_at_zero_does_not_warn():
     _, optimizer = two_groups()
     DecoupledWD(optimizer, Linear(0, 0.1), total_steps=3)
     assert caught(optimizer.step)[1] == []
+
+
+@pytest.mark.parametrize("steps", [19, 20, 60])
+def test_steps_without_any_gradient_warn_once_at_the_user_s_line(steps):
+    _, optimizer = one_weight()
+    optimizer.zero_grad()
+    DecoupledWD(optimizer, 0.1)
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.step()
+    assert [record.filename for record in records] == [__file__] * (steps >= 20)
+    assert all("gradient in 20 steps" in str(record.message) for record in records)
+
+
+@pytest.mark.parametrize(("own", "count"), [((0.1, 0), 0), ((0, 0), 1), ((0.1, 0.1), 0)])
+def test_vectors_in_a_group_of_their_own_are_asked_about_once(own, count):
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+    groups = [{"params": it, "weight_decay": wd} for it, wd in zip((matrices, vectors), own)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    zero_gradients(model)
+    decay, first = caught(lambda: DecoupledWD(optimizer, 0.1, model=model))
+    _, later = caught(lambda: [optimizer.step() for _ in range(3)])
+    assert ["exclude='vector'" in message for message in first + later] == [True] * count
+    no_decay = [row.not_decaying.tensors for row in decay.describe()]
+    assert no_decay == ([0, 3] if own == (0.1, 0) else [0, 0])

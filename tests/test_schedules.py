@@ -1,4 +1,7 @@
-"""Every schedule against its closed form, alone and in real runs."""
+"""Every schedule against its closed form, alone and in real runs; invalid ones by hypothesis.
+
+More of them, at random: ``HYPOTHESIS_PROFILE=deep pytest -n 0 tests/test_schedules.py -k fuzz``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import torch
 from adapters import BATCHES, each_adapter, run
 from fastai.callback.training import GradientAccumulation
 from fastai_helpers import Trace, learner
-from helpers import parameter
+from helpers import fuzz, parameter
+from hypothesis import example, given
+from hypothesis import strategies as st
 from lightning_helpers import LR, adam, fit
 from torch import nn
 
@@ -111,44 +116,100 @@ def test_they_print_compare_and_pickle(schedule):
         schedule.start = 0
 
 
-WRONG = [
-    (lambda: Linear(-0.1, 0), ValueError, r"start.* -0\.1"),
-    (lambda: Linear(0, math.nan), ValueError, "end.* nan"),
-    (lambda: Linear("0", 0), TypeError, "start.* '0'"),
-    (lambda: Linear(True, 0), TypeError, "start.* True"),
-    (lambda: Cosine(0, math.inf), ValueError, "end"),
-    (lambda: Exponential(0, 1), ValueError, "start.* 0"),
-    (lambda: Exponential(1, 0), ValueError, "end.* 0"),
-    (lambda: Polynomial(0, 1, 0), ValueError, "power"),
-    (lambda: Steps({0.5: 1}), ValueError, r"values.*0\.5"),
-    (lambda: Steps({}), ValueError, "values"),
-    (lambda: Steps({0: 1, 1.0: 2}), ValueError, r"values.*1\.0"),
-    (lambda: Steps({0: -1}), ValueError, r"values\[0\].* -1"),
-    (lambda: Steps([0.1]), TypeError, r"values.*\[0\.1\]"),
-    (lambda: Join([]), ValueError, "pieces.* 0"),
-    (lambda: Join([(0.5, Linear(0, 1))]), ValueError, r"pieces.*0\.5"),
-    (lambda: Join([(1.5, Linear(0, 1)), (-0.5, Linear(0, 1))]), ValueError, r"-0\.5"),
-    (lambda: Join([Linear(0, 1)]), TypeError, "pieces"),
-    (lambda: Join([(1, 0.1)]), TypeError, "pieces"),
-    (lambda: Restarts(0.1, 2), TypeError, r"schedule.*0\.1"),
-    (lambda: Restarts(Linear(0, 1), 0), ValueError, "cycles"),
-    (lambda: Restarts(Linear(0, 1), 1.5), ValueError, "cycles"),
-    (lambda: Restarts(Linear(0, 1), 2, 0), ValueError, "mult"),
-    (lambda: Normalized(-1), ValueError, "wd_norm"),
-    (lambda: Timescale(), ValueError, "epochs or steps"),
-    (lambda: Timescale(1, 2), ValueError, "epochs or steps"),
-    (lambda: Timescale(epochs=0), ValueError, "epochs"),
-    (lambda: Normalized(0.1)(0.5), TypeError, "Normalized"),
-    (lambda: used(Normalized(0.1)), ValueError, "total_steps"),
-    (lambda: used(Timescale(epochs=1)), ValueError, "epoch"),
-    (lambda: used(Timescale(steps=9), scale_by=lambda g: 1.0), ValueError, "Timescale.*callable"),
-]
+# Schedules drawn as trees: a class and its arguments
 
 
-@pytest.mark.parametrize(("build", "error", "message"), WRONG)
-def test_nonsense_is_refused(build, error, message):  # P10
-    with pytest.raises(error, match=f"(?s){message}"):
-        build()
+valid = st.floats(0, 2) | st.floats(0, 1.7e308) | st.sampled_from([0, 1, 5e-324, 0.1])
+invalid = (
+    st.integers(-2, 60)
+    | st.floats()
+    | st.sampled_from([None, "0.1", True, 10**400, math.nan, -1, 0, 1e308, 5e-324])
+)
+
+
+def leaves(number, positive):
+    keys = st.floats(0, 1, exclude_max=True) if number is valid else number
+    values = st.dictionaries(keys, number, max_size=3)
+    return (
+        st.tuples(st.sampled_from([Linear, Cosine]), number, number)
+        | st.tuples(st.just(Exponential), positive, positive)
+        | st.tuples(st.just(Polynomial), number, number, positive)
+        | st.tuples(st.just(Steps), st.builds(lambda v, first: {0.0: first, **v}, values, number))
+    )
+
+
+def joined(inner):
+    def with_fractions(parts):
+        total = sum(length for length, _ in parts)
+        return Join, [(length / total, schedule) for length, schedule in parts]
+
+    pieces = st.lists(st.tuples(st.integers(1, 9), inner), min_size=1, max_size=4)
+    return pieces.map(with_fractions)
+
+
+def compounds(inner):
+    restarts = st.tuples(st.just(Restarts), inner, st.integers(1, 9), st.floats(0.25, 4))
+    return joined(inner) | restarts
+
+
+def invalid_compounds(inner):
+    pieces = st.lists(st.tuples(invalid, inner) | invalid, max_size=3)
+    cycles = st.integers(-1, 60) | st.just(2.5)
+    restarts = st.tuples(st.just(Restarts), inner, cycles, invalid | valid)
+    return st.tuples(st.just(Join), pieces | invalid) | joined(inner) | restarts
+
+
+trees = st.recursive(leaves(valid, valid.filter(bool)), compounds, max_leaves=5) | st.recursive(
+    leaves(invalid, invalid) | invalid, invalid_compounds, max_leaves=4
+)
+
+
+def built(tree):
+    if isinstance(tree, list):
+        return [built(each) for each in tree]
+    if isinstance(tree, tuple):
+        head, *rest = map(built, tree)
+        return head(*rest) if isinstance(head, type) else (head, *rest)
+    return tree
+
+
+def bounds(schedule):
+    """The values between which a schedule stays."""
+    if isinstance(schedule, Join):
+        return [bound for _, piece in schedule.pieces for bound in bounds(piece)]
+    if isinstance(schedule, Restarts):
+        return bounds(schedule.schedule)
+    if isinstance(schedule, Steps):
+        return list(schedule.values.values())
+    return [schedule.start, schedule.end]
+
+
+LARGEST = 1.7976931348623157e308
+
+
+@given(trees, st.lists(st.floats(0, 1), max_size=4))
+@example((Exponential, LARGEST, LARGEST), [0.3])
+@example((Restarts, (Linear, 0, 1), 3, 1e300), [])
+@example((Restarts, (Linear, 0, 1), 3, 1e-300), [])
+@fuzz
+def test_fuzz_schedules(tree, points):  # P10
+    """A schedule is refused when it is built, or right wherever it is called."""
+    try:
+        schedule = built(tree)
+    except (TypeError, ValueError):
+        return
+    if not callable(schedule):
+        return
+    low, high = min(bounds(schedule)), max(bounds(schedule))
+    copies = pickle.loads(pickle.dumps(schedule)), eval(repr(schedule), vars(schedules))
+    assert all(each == schedule for each in copies)
+    for progress in (0, 0.25, 1 / 3, 0.5, 1 - 1e-10, 1, *points):
+        value = schedule(progress)
+        assert math.isfinite(value)
+        assert low * (1 - 1e-12) - 1e-323 <= value <= high * (1 + 1e-12) + 1e-323
+        assert all(each(progress) == value for each in copies)
+    for outside, end in ((-0.5, 0), (-math.inf, 0), (1.5, 1), (math.inf, 1)):
+        assert schedule(outside) == schedule(end)
 
 
 # In real runs
