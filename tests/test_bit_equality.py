@@ -287,6 +287,7 @@ class WithClosure(Callback):
         evaluations = []
         hand_decay = HandDecay(self.opt.opt, self.by_hand)
 
+        @torch.enable_grad()
         def closure():
             [hypers] = self.opt.hypers
             assert hypers.get("wd", self.own) == self.own
@@ -303,6 +304,7 @@ class WithClosure(Callback):
         raise CancelStepException
 
 
+@pytest.mark.filterwarnings("ignore:Climber's own weight decay")
 @pytest.mark.parametrize(
     ("opt", "own"),
     [(Climber, {"weight_decay": INNER_WD}), (partial(torch.optim.LBFGS, max_iter=4), {})],
