@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from wd_callbacks.core.adapter import Adapter
-from wd_callbacks.core.attach import Attached, attach, unwrapped
+from wd_callbacks.core.attach import Attached, attach, unwrapped, watch
 from wd_callbacks.core.checks import is_sequence
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.layout import Setup
@@ -315,9 +315,11 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         _add_bases()
         self.config = Config(wd, scale_by, max_lr, exclude, anchor, cautious, quantum, verbose)
         self.optimizers = _indices(optimizers)
+        self._state_key = str(self._generate_state_key(optimizers=self.optimizers))
         self._decays: dict[int, _Optimizer] = {}
         self._loaded: dict[int, Any] = {}
         self._trainer: Any = None  # a weak reference
+        self._watch: Any = None  # of optimizers that replace others, as long as training lasts
 
     @property
     def coefficients(self) -> dict[int, list[float]]:
@@ -360,7 +362,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
                     "this Trainer has two DecoupledWD for the same optimizers, which decay twice: "
                     "merge them, or give each its own optimizers="
                 )
-        return str(self._generate_state_key(optimizers=self.optimizers))
+        return self._state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start afresh, and note the length before StochasticWeightAveraging adds to it."""
@@ -416,6 +418,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             if index in self._loaded:
                 self._decays[index].load_state_dict(self._loaded[index], run)
         self._loaded = {}
+        self._watch = watch(self._meet)
         if self.config.verbose:
             rank_zero_only(print)(self.describe())
 
@@ -436,21 +439,25 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     ) -> None:
         """Note where in the run the steps of this batch are made."""
         self._run.start_batch(trainer)
-        optimizers = list(map(unwrapped, trainer.optimizers))
-        if len(optimizers) != self._count:
+        count = len(trainer.optimizers)
+        if count != self._count:
             raise ValueError(
-                f"the Trainer has {len(optimizers)} optimizers and had {self._count} when training "
-                f"started: replace optimizers one by one, or start a new fit"
+                f"the Trainer has {count} optimizers and had {self._count} when training started: "
+                f"replace optimizers one by one, or start a new fit"
             )
-        replaced = [i for i, each in self._decays.items() if not each.attached.is_of(optimizers[i])]
-        for index in replaced:
-            self._decays[index].attached.detach()
-        for index in replaced:
-            old, config = self._decays[index], self.config.of_optimizer(index, list(self._decays))
-            self._decays[index] = self._attach(trainer, index, config, old.position)
-            self._decays[index].inherit(old)
         for each in self._decays.values():
             each.start_batch(self._run)
+
+    def _meet(self, optimizer: Any) -> None:
+        """Go on with an optimizer of the Trainer's that has replaced another one."""
+        trainer = self._trainer and self._trainer()
+        for index, old in self._decays.items() if trainer is not None else ():
+            if unwrapped(trainer.optimizers[index]) is optimizer:
+                old.attached.detach()
+                config = self.config.of_optimizer(index, list(self._decays))
+                self._decays[index] = self._attach(trainer, index, config, old.position)
+                self._decays[index].inherit(old)
+                return
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Note an attempt to step, also one that the gradient scaler will skip."""
@@ -495,6 +502,8 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     def detach(self) -> None:
         """Remove the decay from the optimizers; checkpoints that follow still hold its state."""
+        if self._watch is not None:
+            self._watch.remove()
         for each in self._decays.values():
             each.detach()
 
@@ -513,8 +522,8 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run, nor the methods that Trainers put here."""
-        own = {"config": self.config, "optimizers": self.optimizers}
-        return {**own, "_decays": {}, "_loaded": {}, "_trainer": None}
+        own = {name: vars(self)[name] for name in ("config", "optimizers", "_state_key")}
+        return {**own, "_decays": {}, "_loaded": {}, "_trainer": None, "_watch": None}
 
 
 # Out of the module's names, so that each import asks `__getattr__`.

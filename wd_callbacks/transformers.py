@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wd_callbacks.core.adapter import Adapter
-from wd_callbacks.core.attach import attach, unwrapped
+from wd_callbacks.core.attach import attach, unwrapped, watch
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.layout import Setup
@@ -104,6 +104,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             )
         self._attached: Any = None
         self._optimizer: Any = None  # held until training ends, also if it is replaced
+        self._watch: Any = None  # of optimizers that replace it, as long as training lasts
         self._position = Position()
         self._steps_logged = 0
 
@@ -138,10 +139,12 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
                 "this DecoupledWD is in the middle of another Trainer's training: give each "
                 "Trainer a DecoupledWD of its own"
             )
-        self._stand_before_reporters(sys._getframe(1).f_locals["self"])
+        handler = sys._getframe(1).f_locals["self"]
+        self._stand_before_reporters(handler)
         self.detach()
         self._attached = None
-        self._attach(args, state, **kwargs)
+        self._attach(args, state, handler, unwrapped(kwargs["optimizer"]))
+        self._watch = watch(self._meet)
         saved = (state.stateful_callbacks or {}).get(STATE_KEY)
         if saved is not None:
             self._load(args, state, saved)
@@ -166,13 +169,13 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         flows = [isinstance(cb, DefaultFlowCallback) for cb in handler.callbacks]
         handler.callbacks.insert(flows.index(True) + 1 if any(flows) else 0, self)
 
-    def _attach(self, args: Arguments, state: TrainerState, **kwargs: Any) -> None:
-        optimizer, model = unwrapped(kwargs["optimizer"]), kwargs["model"]
+    def _attach(self, args: Arguments, state: TrainerState, handler: Any, optimizer: Any) -> None:
+        model = handler.model
         setup = Setup(
             self.config,
             Selection(self.config.exclude, self.config.keys, model),
-            Run(state.max_steps, _steps_per_epoch(args, kwargs["train_dataloader"])),
-            max_lrs=scheduler_max_lrs(kwargs["lr_scheduler"]),
+            Run(state.max_steps, _steps_per_epoch(args, handler.train_dataloader)),
+            max_lrs=scheduler_max_lrs(handler.lr_scheduler),
             no_decay=[False, True] if _are_trainers(optimizer.param_groups, model) else (),
         )
         attached = attach(optimizer, setup, self._position, is_running=_running_trainers)
@@ -180,15 +183,19 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             attached.inherit(self._attached)
         self._attached, self._optimizer = attached, optimizer
 
+    def _meet(self, optimizer: Any) -> None:
+        """Go on with an optimizer of the Trainer's that has replaced another one."""
+        for trainer in _running_trainers():
+            handler = trainer.callback_handler
+            if self in handler.callbacks and unwrapped(trainer.optimizer) is optimizer:
+                self._attached.detach()
+                self._attach(trainer.args, trainer.state, handler, optimizer)
+
     def on_step_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the position of the step, and go on with an optimizer that replaced another."""
+        """Note the position of the step."""
         self._position.value = min(state.global_step / state.max_steps, 1.0)
-        optimizer = _running_trainers()[0].optimizer  # the handler still has a replaced one
-        if not self._attached.is_of(unwrapped(optimizer)):
-            self.detach()
-            self._attach(args, state, **{**kwargs, "optimizer": optimizer})
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -251,6 +258,8 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         """Remove the decay from the optimizer, which is left as you configured it."""
         if self._attached is not None:
             self._attached.detach()
+        if self._watch is not None:
+            self._watch.remove()
 
     def _store(self, state: TrainerState) -> None:
         saved = self._attached.state_dict()
@@ -272,7 +281,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run."""
-        run = {"_attached": None, "_optimizer": None, "_position": Position()}
+        run = {"_attached": None, "_optimizer": None, "_watch": None, "_position": Position()}
         return {"config": self.config, **run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.compiler import disable
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from wd_callbacks.core import compat, state, table
@@ -219,19 +220,48 @@ def checked(optimizer: Any) -> Optimizer:
 
 def check_unattached(optimizer: Optimizer) -> None:
     """Raise ValueError if a DecoupledWD is attached to ``optimizer``."""
-    hooks = [getattr(it, "__wrapped__", it) for it in optimizer._optimizer_step_pre_hooks.values()]
-    if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks):
+    if has_decay(optimizer):
         raise ValueError(
             f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "
             f"decay twice: detach the other one first, or merge their arguments"
         )
 
 
+def has_decay(optimizer: Optimizer) -> bool:
+    """Return True if a DecoupledWD is attached to ``optimizer``."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        method = getattr(hook, "__wrapped__", None)  # below torch.compile's
+        if type(getattr(method, "__self__", None)) is Attached:
+            return True
+    return False
+
+
+def watch(meet: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Call ``meet`` right before a step of an optimizer to which no DecoupledWD is attached.
+
+    That may be one that has replaced another during a run. The method ``meet`` is held weakly.
+    """
+    method = weakref.WeakMethod(meet)
+
+    @disable
+    def before_step(optimizer: Optimizer, *_: object) -> None:
+        call = method()
+        if call is not None and not has_decay(optimizer):
+            call(optimizer)
+
+    return register_optimizer_step_pre_hook(before_step)
+
+
 def unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    while any(cls.__name__ in WRAPPERS for cls in type(optimizer).__mro__):
+    while _is_wrapper(type(optimizer)):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+@functools.cache
+def _is_wrapper(cls: type) -> bool:
+    return any(base.__name__ in WRAPPERS for base in cls.__mro__)
 
 
 def _groups(optimizer: Callable[[], Any]) -> Sequence[Group]:

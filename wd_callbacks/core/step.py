@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +97,6 @@ class Step:
     def _wrapped(self, closure: Callable[..., Any], found_inf: Tensor | None) -> Callable[..., Any]:
         """Return the closure, followed by the decay if it is the first evaluation of a step."""
 
-        @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             self._before_closure()
             result = closure(*args, **kwargs)
