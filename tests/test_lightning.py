@@ -16,6 +16,8 @@ from lightning_helpers import (
     WD,
     adam,
     adamw,
+    averaging,
+    each_way,
     fit,
     half_precision,
     loader,
@@ -28,8 +30,6 @@ from lightning_helpers import (
 from torch.optim import Adam, AdamW
 
 from wd_callbacks.lightning import DecoupledWD
-
-each_way = pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 
 
 def optimizer_of(model):
@@ -55,6 +55,7 @@ def test_is_a_callback_of_both_packages():
         ([{"wd": {1: 0.2}, "optimizers": 1}, {"wd": [0.4], "optimizers": 0}], 0.4, 0.2),
         ([{"wd": {1: 0.2, 0: 0.1}, "optimizers": (1, 0)}], 0.1, 0.2),
     ],
+    ids=["one for both", "a mapping", "None in it", "two callbacks", "of each", "reversed"],
 )
 def test_each_optimizer_has_its_own_decay(package, callbacks, first, second):  # P1, P4, P5
     decays = [DecoupledWD(**arguments, quantum=0) for arguments in callbacks]
@@ -66,15 +67,11 @@ def test_each_optimizer_has_its_own_decay(package, callbacks, first, second):  #
 
 
 def test_the_other_optimizer_is_left_alone(package):  # P3, P5
-    ours = fit(
-        package, two_adams, DecoupledWD(0.2, optimizers=1, quantum=0), model={"manual": True}
-    )
-
     def one_of_each(module):
-        coupled, _ = two_adams(module)
-        _, decoupled = split(AdamW, 0, 0.2)(module)
-        return coupled, decoupled
+        return [two_adams(module)[0], split(AdamW, 0, 0.2)(module)[1]]
 
+    decay = DecoupledWD(0.2, optimizers=1, quantum=0)
+    ours = fit(package, two_adams, decay, model={"manual": True})
     assert same(ours, fit(package, one_of_each, model={"manual": True}))
 
 
@@ -91,6 +88,7 @@ def test_the_other_optimizer_is_left_alone(package):  # P3, P5
         ([{"wd": {0: 0.1, 1: [0.1, 0.2]}}], "wd has 2 values.* 1 param"),
         ([{"wd": 0.1, "max_lr": [1, 2]}], "max_lr has 2 values"),
     ],
+    ids=str,
 )
 def test_refuses_what_does_not_fit_the_optimizers(package, callbacks, message):  # P3, P10
     module = model_class(package)(two_adams, manual=True)
@@ -121,13 +119,6 @@ def test_a_group_added_during_training_decays(package):  # P5
 # Other callbacks
 
 
-def averager(package, name):
-    """A callback that averages the weights."""
-    if not hasattr(package.callbacks, name):
-        pytest.skip(f"this {package.__name__} has no {name}")
-    return getattr(package.callbacks, name)
-
-
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
 def test_averaged_weights_are_those_of_adamw(package, name):  # P4
     class Plain(package.Callback):
@@ -136,41 +127,33 @@ def test_averaged_weights_are_those_of_adamw(package, name):  # P4
         def on_train_batch_end(self, trainer, pl_module, *_):
             self.weights = weights(pl_module)
 
+    is_ema = name.startswith("EMA")
+
     def run(make, *callbacks):
-        ema = name.startswith("EMA")
-        arguments = {"decay": 0.8} if ema else {"swa_lrs": LR, "swa_epoch_start": 2}
-        plain, averaging = Plain(), averager(package, name)(**arguments)
-        model = fit(package, make, *callbacks, averaging, plain, epochs=4, model={"norm": not ema})
+        callbacks = [*callbacks, averaging(package, name), plain := Plain()]
+        model = fit(package, make, *callbacks, epochs=4, model={"norm": not is_ema})
         return model, plain.weights
 
     ours, ours_plain = run(adam, DecoupledWD(WD, quantum=0))
     theirs, theirs_plain = run(adamw)
     assert same(ours, theirs)
     assert all(map(torch.equal, ours_plain, theirs_plain))
-    assert same(ours_plain, ours) == (not name.startswith("EMA"))
-
-
-def finetuning(package):
-    return package.callbacks.BackboneFinetuning(1, lambda epoch: 1.5, should_align=False)
-
-
-def head_only(make, wd):
-    """What BackboneFinetuning expects: it adds the backbone itself."""
-    return lambda module: make(module.head.parameters(), lr=LR, weight_decay=wd)
+    assert same(ours_plain, ours) != is_ema
 
 
 def test_decays_a_backbone_that_is_unfrozen(package, tmp_path):  # P5, P9
-    def run(make, *callbacks, **settings):
-        return fit(package, make, *callbacks, finetuning(package), epochs=3, **settings)
+    def run(kind, wd, *callbacks, **settings):
+        def head_only(module):  # the callback adds the backbone itself
+            return kind(module.head.parameters(), lr=LR, weight_decay=wd)
 
-    def deferring(*callbacks, **settings):
-        decay = DecoupledWD(WD, quantum=0.0035)
-        return run(head_only(Adam, INNER_WD), decay, *callbacks, **settings)
+        finetuning = package.callbacks.BackboneFinetuning(1, lambda _: 1.5, should_align=False)
+        return fit(package, head_only, *callbacks, finetuning, epochs=3, **settings)
 
-    ours = run(head_only(Adam, INNER_WD), DecoupledWD(WD, quantum=0))
-    assert same(ours, run(head_only(AdamW, WD)))
-    assert not same(ours, run(head_only(AdamW, 0)))
+    ours = run(Adam, INNER_WD, DecoupledWD(WD, quantum=0))
+    assert same(ours, run(AdamW, WD))
+    assert not same(ours, run(AdamW, 0))
     save = package.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    deferring = partial(run, Adam, INNER_WD, DecoupledWD(WD, quantum=0.0035))
     whole = deferring(save, enable_checkpointing=True)
     # Later Lightning freezes the backbone again when it resumes, and trains the head alone.
     assert same(whole, deferring(resume=tmp_path / "epoch=0.ckpt"))
@@ -180,22 +163,20 @@ def test_decays_a_backbone_that_is_unfrozen(package, tmp_path):  # P5, P9
 
 
 def spy_class(package):
-    """A callback that notes in each of its hooks what the param groups hold besides ``params``."""
+    """A callback that notes in each of its hooks what the param groups and their copies hold."""
 
     def note(self, hook, trainer):
-        if self.copies:
-            optimizers = copy.deepcopy(trainer.optimizers)
-            groups = [group for opt in optimizers for group in opt.state_dict()["param_groups"]]
-        else:
-            groups = [group for opt in trainer.optimizers for group in opt.param_groups]
-        seen = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        optimizers = trainer.optimizers
+        copies = [it.state_dict() for it in copy.deepcopy(optimizers)] if self.copies else []
+        groups = [it.param_groups for it in optimizers] + [it["param_groups"] for it in copies]
+        seen = [{k: v for k, v in g.items() if k != "params"} for each in groups for g in each]
         self.notes.append((hook, copy.deepcopy(seen)))
 
     def watching(hook):
         return lambda self, trainer, pl_module, *args, **kwargs: note(self, hook, trainer)
 
-    def init(self, name, copies=False):
-        self.name, self.copies, self.notes = name, copies, []
+    def init(self, copies):
+        self.copies, self.notes = copies, []
 
     hooks = [name for name in dir(package.Callback) if name.startswith("on_")]
     body = {hook: watching(hook) for hook in hooks}
@@ -203,66 +184,50 @@ def spy_class(package):
     return type("Spy", (package.Callback,), {"__init__": init, **body})
 
 
-def watched(package, decay, *, make=adam, model=None, copies=False, **settings):
-    """Trains with a spy on each side of ``decay`` and one in the model's own hooks."""
-    spies = [spy_class(package)(name, copies) for name in ("before", "after", "model")]
-    module = model_class(package)(make, **model or {}, watch=spies[2].see)
-    trainer = quiet_trainer(
-        package, spies[0], *decay, spies[1], **{"max_epochs": 2, "log_every_n_steps": 1} | settings
-    )
-    trainer.fit(module, loader(6), loader(2))
-    trainer.validate(module, loader(2), verbose=False)
-    return [spy.notes for spy in spies]
-
-
 SEEN = {
     # settings of the Trainer and the model, whether copies are looked at
-    "automatic": ({}, {}),
-    "manual": ({}, {"manual": True}),
-    "manual, by closure": ({}, {"manual": True, "by": "closure"}),
-    "accumulation": ({"accumulate_grad_batches": 4}, {}),
-    "clipped norm": ({"gradient_clip_val": 0.05}, {}),
-    "skipped batches": ({}, {"skipped": (0, 3)}),
-    "one cycle": ({}, {}),
-    "fp16": ({}, {}),
+    "automatic": ({}, {}, True),
+    "manual": ({}, {"manual": True}, True),
+    "manual, by closure": ({}, {"manual": True, "by": "closure"}, False),
+    "accumulation, clipped": (
+        {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05},
+        {"skipped": (0, 3)},
+        False,
+    ),
+    "one cycle": ({}, {}, False),
+    "fp16": ({}, {}, True),
+}
+SEEN_AT = {
+    *("training_step", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+    *("on_train_batch_start", "on_train_batch_end", "on_save_checkpoint", "on_validation_end"),
+    "on_train_end",
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "copies"),
-    [*((name, False) for name in SEEN), ("automatic", True), ("manual", True), ("fp16", True)],
-)
-def test_everybody_sees_the_groups_as_the_user_set_them(package, tmp_path, name, copies):  # P3
+@pytest.mark.parametrize("name", SEEN)
+def test_everybody_sees_the_groups_as_the_user_set_them(package, tmp_path, name):  # P3
+    settings, arguments, copies = SEEN[name]
+
     def run(*decay):
-        settings, model = SEEN[name]
-        if name == "fp16":
-            settings = {"plugins": half_precision(package)}
-        return watched(
-            package,
-            decay,
-            make=partial(one_cycle, adam) if name == "one cycle" else adam,
-            model=model,
-            copies=copies,
+        """With a spy on each side of the decay and one in the model's own hooks."""
+        spies = [spy_class(package)(copies) for _ in range(3)]
+        make = partial(one_cycle, adam) if name == "one cycle" else adam
+        module = model_class(package)(make, **arguments, watch=spies[2].see)
+        plugins = {"plugins": half_precision(package)} if name == "fp16" else {}
+        trainer = quiet_trainer(
+            *(package, spies[0], *decay, spies[1]),
+            max_epochs=2,
             enable_checkpointing=True,
             default_root_dir=tmp_path,
             **settings,
+            **plugins,
         )
+        trainer.fit(module, loader(6), loader(2))
+        return [spy.notes for spy in spies]
 
     ours, plain = run(DecoupledWD(lambda progress: 0.1 * progress)), run()
     assert ours == plain
-    hooks = {hook for notes in ours for hook, _ in notes}
-    assert hooks >= {
-        "training_step",
-        "on_before_zero_grad",
-        "on_before_backward",
-        "on_after_backward",
-        "on_before_optimizer_step",
-        "on_train_batch_start",
-        "on_train_batch_end",
-        "on_save_checkpoint",
-        "on_validation_end",
-        "on_train_end",
-    } - ({"on_before_zero_grad"} if name.startswith("manual") else set())
+    assert {hook for notes in ours for hook, _ in notes} >= SEEN_AT
     groups = [group for notes in ours for _, groups in notes for group in groups]
     assert {group["weight_decay"] for group in groups} == {INNER_WD}
 
@@ -284,14 +249,6 @@ class Failing(Adam):
         return super().step()
 
 
-def raising(package, hook):
-    def bang(self, trainer, *_):
-        if trainer.global_step == 3:
-            raise BangError
-
-    return type("Raises", (package.Callback,), {hook: bang})()
-
-
 def saver_on_exception(package, path):
     """A ModelCheckpoint since Lightning 2.5.3."""
     try:
@@ -300,13 +257,19 @@ def saver_on_exception(package, path):
         return package.callbacks.OnExceptionCheckpoint(path)
 
 
-@pytest.mark.parametrize("order", ["saved first", "decayed first"])
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@each_way
 @pytest.mark.parametrize(
-    "where",
-    ["training_step", "optimizer.step", "on_train_batch_start", "on_before_optimizer_step"],
+    ("where", "saves_first"),
+    [
+        ("training_step", True),
+        ("optimizer.step", False),
+        ("optimizer.step", True),
+        ("on_train_batch_start", False),
+        ("on_before_optimizer_step", True),
+    ],
 )
-def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual, order):  # P3, P9
+def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual, saves_first):
+    # P3, P9
     made = []
 
     def make(module):
@@ -314,20 +277,20 @@ def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual,
         made.append(kind(module.parameters(), lr=LR, weight_decay=INNER_WD))
         return made[0]
 
-    decay = DecoupledWD(1e-4, quantum=0.5)  # large: all is deferred
-
     class Saves(package.Callback):
         """As ModelCheckpoint, which Lightning puts after all others."""
 
         def on_exception(self, trainer, *_):
             trainer.save_checkpoint(tmp_path / "first.ckpt")
 
-    if order == "saved first":
-        callbacks = [Saves(), decay]
-    else:
-        callbacks = [decay, saver_on_exception(package, tmp_path)]
+    def bang(self, trainer, *_):
+        if trainer.global_step == 3:
+            raise BangError
+
+    decay = DecoupledWD(1e-4, quantum=0.5)  # large: all is deferred
+    callbacks = [Saves(), decay] if saves_first else [decay, saver_on_exception(package, tmp_path)]
     if where.startswith("on_"):
-        callbacks.insert(1, raising(package, where))
+        callbacks.insert(1, type("Raises", (package.Callback,), {where: bang})())
     model = {"manual": manual, "raises": (3, BangError()) if where == "training_step" else None}
     with pytest.raises(BangError):
         fit(package, make, *callbacks, model=model, enable_checkpointing=True)
@@ -337,10 +300,9 @@ def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual,
     checkpoint = torch.load(path, weights_only=True)
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == INNER_WD
-    state = checkpoint["callbacks"][decay.state_key][0]
+    (owed,) = checkpoint["callbacks"][decay.state_key][0]["owed"]
     steps = 3 + (where == "optimizer.step")  # a step that raises has decayed already
-    deferred = [it for group in state["owed"] for it in group]
-    assert deferred == pytest.approx([steps * LR * 1e-4] * 4, rel=1e-6)
+    assert owed == pytest.approx([steps * LR * 1e-4] * 4, rel=1e-6)
 
 
 def test_an_interrupt_leaves_what_the_user_set(package):  # P3
@@ -348,7 +310,7 @@ def test_an_interrupt_leaves_what_the_user_set(package):  # P3
     made = []
 
     def make(module):
-        made.append(Failing(module.parameters(), lr=LR, weight_decay=INNER_WD))
+        made.append(adam(module))
         return made[0]
 
     try:
@@ -363,8 +325,11 @@ def test_an_interrupt_leaves_what_the_user_set(package):  # P3
 @each_way
 def test_no_hooks_stay_on_the_optimizer(package, manual):  # P3
     seen = []
-    watch = {"watch": lambda hook, module: seen.append(len(hooks_of(module.trainer.optimizers[0])))}
-    model = fit(package, adam, DecoupledWD(WD), model={"manual": manual, **watch})
+
+    def watch(hook, module):
+        seen.append(len(hooks_of(optimizer_of(module))))
+
+    model = fit(package, adam, DecoupledWD(WD), model={"manual": manual, "watch": watch})
     assert min(seen) > 0
     assert hooks_of(optimizer_of(model)) == []
 
@@ -385,8 +350,16 @@ def test_does_nothing_outside_fit(package):  # P1, P3
     assert decay.coefficients == {}
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["new optimizer", "same optimizer"])
-@pytest.mark.parametrize("between", [None, "validate", "exception", "deepcopy"])
+@pytest.mark.parametrize(
+    ("kept", "between"),
+    [
+        (False, "validate"),
+        (True, "validate"),
+        (False, "exception"),
+        (True, "exception"),
+        (True, "deepcopy"),
+    ],
+)
 def test_fit_twice(package, kept, between):  # P3, P4
     def run(make, *callbacks):
         made = []
@@ -457,6 +430,7 @@ def test_refuses_such_optimizers(optimizers):  # P10
         ({"wd": 100.0}, r"group 0.*lr 0\.01.*wd 100"),
         ({"wd": 1.0, "scale_by": "none"}, "group 0"),
     ],
+    ids=["negative", "NaN", "a shrink of 10", "a shrink of 1"],
 )
 def test_refuses_a_nonsensical_step_before_touching_a_weight(
     package, arguments, message, manual
