@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
-import pickle
 
 import pytest
 import torch
+import transformers
+from helpers import pickled
+from helpers import same as same_weights
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers.trainer_utils import default_compute_objective
 
-transformers = pytest.importorskip("transformers")
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback  # noqa: E402
-from transformers.trainer_utils import default_compute_objective  # noqa: E402
-
-from wd_callbacks.core.warn import DecoupledWDWarning  # noqa: E402
-from wd_callbacks.schedules import Cosine, Linear  # noqa: E402
-from wd_callbacks.transformers import ANCHORS_FILE, STATE_KEY, DecoupledWD  # noqa: E402
+from wd_callbacks.core.warn import DecoupledWDWarning
+from wd_callbacks.schedules import Cosine, Linear
+from wd_callbacks.transformers import ANCHORS_FILE, STATE_KEY, DecoupledWD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+gc.freeze()  # Trainers collect garbage, of what was imported as well
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -71,8 +73,7 @@ def train(build):
 
 
 def same(ours, theirs):
-    pairs = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
-    return all(torch.equal(p, q) for p, q in pairs)
+    return same_weights(ours.model, theirs.model)
 
 
 def logged(trainer):
@@ -97,9 +98,9 @@ def test_adam_equals_adamw(options, train):  # P3, P4
     options = {"num_train_epochs": 1, **options}
     theirs = train(**{**options, **ADAMW})
     assert same(train(DecoupledWD(0.1, quantum=0), **ADAM, **options), theirs)
-    options.pop("weight_decay", None)
-    assert same(train(DecoupledWD(quantum=0), **ADAM, weight_decay=0.1, **options), theirs)
-    assert not same(train(DecoupledWD(0.05, quantum=0), **ADAM, **options), theirs)
+    if len(options) == 1:
+        assert same(train(DecoupledWD(quantum=0), **ADAM, weight_decay=0.1, **options), theirs)
+        assert not same(train(DecoupledWD(0.05, quantum=0), **ADAM, **options), theirs)
 
 
 @pytest.mark.parametrize("wd", [0.0, 0.1], ids="weight_decay={}".format)
@@ -115,10 +116,14 @@ def test_the_second_group_does_not_decay(wd, train):  # wd
     assert all(row.decays for row in sequence.describe(parameters=True))
 
 
-LENGTHS = [({}, 8, 4), ({"gradient_accumulation_steps": 3}, 4, 2), ({"max_steps": 5}, 5, 4)]
+LENGTHS = {
+    "epochs": ({}, 8, 4),
+    "accumulation": ({"gradient_accumulation_steps": 3}, 4, 2),
+    "max_steps": ({"max_steps": 5}, 5, 4),
+}
 
 
-@pytest.mark.parametrize(("options", "steps", "epoch"), LENGTHS)
+@pytest.mark.parametrize(("options", "steps", "epoch"), LENGTHS.values(), ids=LENGTHS)
 def test_a_schedule_runs_from_0_to_1(options, steps, epoch, train):  # P6, P7
     seen = []
     callback = DecoupledWD(lambda progress: seen.append(progress) or 0.1)
@@ -176,17 +181,17 @@ def test_tensorboard_shows_it(train, tmp_path, monkeypatch):  # P13
 
 
 DEFERS = functools.partial(DecoupledWD, Cosine(0.4, 0), quantum=1.1e-2)
-ARGUMENTS = {
-    "deferred": {},
-    "initial": {"anchor": "initial"},
-    "mapping": {"anchor": {"classifier.weight": torch.ones(2, 8)}},
-    "lr_ratio": {"scale_by": "lr_ratio", "quantum": 0.73},
+RESUMED = {  # arguments, and whether the Trainer restores its callbacks
+    "deferred": ({}, False),
+    "restored": ({}, True),
+    "initial": ({"anchor": "initial"}, True),
+    "mapping": ({"anchor": {"classifier.weight": torch.ones(2, 8)}}, False),
+    "lr_ratio": ({"scale_by": "lr_ratio", "quantum": 0.73}, False),
 }
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.mark.parametrize("restores", [False, True], ids="restore_callback_states={}".format)
-@pytest.mark.parametrize("own", ARGUMENTS.values(), ids=ARGUMENTS)
+@pytest.mark.parametrize(("own", "restores"), RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(own, restores, train, tmp_path):  # P9, P15
     whole = train(DEFERS(**own), **SAVES)
     folder = tmp_path / "run" / "checkpoint-3"
@@ -329,44 +334,9 @@ def test_lora(train):  # P2, P4
     assert sum(row.decays for row in callback.describe(parameters=True)) == 2
 
 
-SHAPE = {"classifier.weight": torch.zeros(3)}
-INVALID = {
-    "two of them": ([DecoupledWD(0.1), DecoupledWD(0.2)], "two DecoupledWD"),
-    "a shrink above 1": ([DecoupledWD(200.0)], "param group 0"),
-    "a wrong length": ([DecoupledWD([0.1] * 3)], "3"),
-    "no such parameter": ([DecoupledWD(0.1, exclude="classifer*")], "classifier"),
-    "an anchor's shape": ([DecoupledWD(0.1, anchor=SHAPE)], "shape"),
-}
-
-
-@pytest.mark.parametrize(("callbacks", "match"), INVALID.values(), ids=INVALID)
-def test_refused_before_a_weight_has_changed(callbacks, match, build):  # P10
-    trainer = build(*callbacks, max_steps=1)
-    with pytest.raises(ValueError, match=match):
-        trainer.train()
-    assert all(map(torch.equal, trainer.model.parameters(), bert().parameters()))
-
-
-@pytest.mark.parametrize("framework", ["fastai", "lightning"])
-def test_a_wrong_adapter_is_named(framework, build):  # P10
-    pytest.importorskip({"lightning": "pytorch_lightning"}.get(framework, framework))
-    module = pytest.importorskip(f"wd_callbacks.{framework}")
-    with pytest.raises(TypeError, match=r"use wd_callbacks\.transformers"):
-        build(module.DecoupledWD(0.1)).train()
-
-
-def test_it_names_what_is_right_instead():  # P10
-    with pytest.raises(TypeError, match="a Trainer has one optimizer"):
-        DecoupledWD({0: 0.1})
-    pl = pytest.importorskip("pytorch_lightning")
-    model = pytest.importorskip("pytorch_lightning.demos.boring_classes").BoringModel()
-    with pytest.raises(TypeError, match=r"use wd_callbacks\.lightning"):
-        pl.Trainer(callbacks=[DecoupledWD(0.1)], logger=False).fit(model)
-
-
 def test_copies_take_the_arguments_along(train):  # P9
     callback = DecoupledWD(Cosine(0.1, 0), exclude="bias", anchor="initial")
     train(callback, max_steps=1)
-    for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+    for copied in (pickled(callback), copy.deepcopy(callback)):
         train(copied, max_steps=1)
         assert (repr(copied), copied.coefficients) == (repr(callback), callback.coefficients)
