@@ -22,7 +22,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from fastai.optimizer import OptimWrapper
+from fastai_helpers import still_learner, wrapped
 from helpers import (
     INNER_WD,
     QUANTA,
@@ -47,9 +47,7 @@ from still import (
     StillNet,
     at,
     hf_trainer,
-    learner,
     lightning_trainer,
-    quietly,
     sgd,
 )
 from torch import nn
@@ -561,12 +559,12 @@ def test_more_steps_than_total_steps_warn_once():  # P6
 
 
 def of_fastai(*cbs, **settings):
-    learn = learner(*cbs, **settings)
-    return learn.model, lambda: quietly(learn, "fit", 1, LR), lambda: learn.opt
+    learn = still_learner(batches=4, cbs=cbs, lr=LR, wd=OWN, **settings)
+    return learn.model, lambda: learn.fit(1), lambda: learn.opt
 
 
 def of_wrapper(*cbs):
-    return of_fastai(*cbs, opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    return of_fastai(*cbs, opt_func=wrapped(torch.optim.SGD))
 
 
 def of_lightning(*cbs, model=None):
@@ -702,11 +700,11 @@ def test_optimizers_that_cannot_take_the_decay_are_refused():  # P5, P10
     DecoupledWD(optimizer := sgd(model.parameters()), WD)
     with pytest.raises(ValueError, match="attached already"):
         of_trainer(TrainerWD(WD), model=model, optimizers=(optimizer, None))[1]()
-    learn = learner(FastaiWD(WD), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    learn = still_learner(opt_func=wrapped(torch.optim.SGD), cbs=FastaiWD(WD))
     learn.create_opt()
     DecoupledWD(learn.opt.opt, WD)
     with pytest.raises(ValueError, match="attached already"):
-        quietly(learn, "fit", 1, LR)
+        learn.fit(1)
 
 
 WRONG = [(a, b) for a in ("torch", *RUNS) for b in RUNS if "OptimWrapper" not in (a, b) and a != b]
@@ -722,7 +720,7 @@ def test_the_wrong_adapter_names_the_right_module(adapter, framework):  # P10
 
 
 def test_fastai_refuses_the_class_for_an_instance():  # P10
-    for give in (learner, lambda cls: quietly(learner(), "fit", 1, LR, cbs=cls)):
+    for give in (lambda cls: still_learner(cbs=cls), lambda cls: still_learner().fit(1, cbs=cls)):
         with pytest.raises(TypeError, match="expected an instance"):
             give(FastaiWD)
 
