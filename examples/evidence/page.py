@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from claims import Claim
+from claims.base import Claim
 from stats import Rows
 
 HEAD = """\

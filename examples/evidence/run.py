@@ -1,7 +1,7 @@
 """Runs the evidence for the package's claims, and draws a figure for each.
 
 A finished run is a row of a CSV and is not made again, so that a stopped command goes on where it
-was. The claims and the rules that decide them are in claims.py and docs/evidence.md::
+was. The claims and the rules that decide them are in claims and docs/evidence.md::
 
     python examples/evidence/run.py                      # all claims, about an hour
     python examples/evidence/run.py anchor cautious      # some of them
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-import figures
+import drawing
 import page
 import table
 import torch
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=int, default=1, help="the text alone, so many times as large"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of those in claims.py")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of those in claims/base.py")
     parser.add_argument("--out", type=Path, help="a folder; default: docs/evidence")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: all cores")
     args = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
     for name in names:
         rows = table.load(folder / f"{name}.csv")
         if rows:
-            figures.draw(name, rows, folder / f"{name}.svg")
+            drawing.save(CLAIMS[name].draw, rows, folder / f"{name}.svg")
             outcomes[name] = page.outcome(CLAIMS[name], rows)
     text = "\n\n".join(f"## {CLAIMS[name].title}\n\n{found}" for name, found in outcomes.items())
     console.print(Markdown(text))
