@@ -12,8 +12,6 @@ from helpers import (
     HALF,
     NoUpdate,
     parameter,
-    params_of,
-    two_groups,
     weights,
     zero_gradients,
 )
@@ -26,17 +24,6 @@ LR, WD, QUANTUM = 0.5, 0.2, 0.3
 
 
 # Which parameters decay
-
-
-def test_parameters_without_a_gradient_stay_untouched():  # P2
-    model, optimizer = two_groups()
-    before = weights(model)
-    DecoupledWD(optimizer, 0.5)
-    for p in params_of(model)[1:]:
-        p.grad = None
-    optimizer.step()
-    assert torch.equal(model[0].weight, before[0] * (1 - 0.1 * 0.5))
-    assert all(map(torch.equal, weights(model)[1:], before[1:]))
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -251,16 +238,6 @@ def gradients_that_come_and_go(run):
 
 
 @change
-def frozen_and_unfrozen(run):
-    for p in run.params[1:3]:
-        run.step()
-        p.requires_grad_(False)
-        run.step()  # its gradient is left in place
-        run.steps(4, p)
-        p.requires_grad_(True)
-
-
-@change
 def the_list_edited_in_place(run):
     late = [run.params.pop(), run.params.pop()]
     run.steps(2, run.params[0])
@@ -274,20 +251,6 @@ def the_list_edited_in_place(run):
     run.step(run.params[0])
     run.params[1], run.params[2] = run.params[2], run.params[1]
     run.steps(4)
-
-
-@change
-def another_list(run):
-    run.step(run.params[3])
-    run.groups[0]["params"] = run.params[2:] + run.params[:1]
-    run.steps(4)
-
-
-@change
-def a_parameter_replaced(run):
-    run.step()
-    run.params[2] = nn.Parameter(torch.randn(run.params[2].shape) + 2)
-    run.steps(6)
 
 
 @change
@@ -344,16 +307,6 @@ def other_data(run):
     run.params[2].data = torch.randn(6, 5) + 2  # of another size
     run.params[3].data = torch.randn(1) + 2
     run.steps(6)
-
-
-@change
-def every_dtype_changed(run):
-    for dtype in (torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float32):
-        run.model.to(dtype)
-        run.steps(3)
-    with changed("swap_module_params_on_conversion"):
-        run.model.to(torch.float64)
-        run.steps(3)
 
 
 @change

