@@ -12,7 +12,6 @@ from helpers import (
     CallsSuper,
     Case,
     Positions,
-    flat,
     hooks_of,
     one_weight,
     parameter,
@@ -45,35 +44,6 @@ def test_a_step_that_calls_super_decays_once():  # P1
             decay=lambda optimizer: DecoupledWD(optimizer, WD), closure=closure
         )
         assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize(
-    ("fused", "dtype"),
-    [(False, torch.float32), (True, torch.float64)],
-    ids=["for-loop", "fused"],
-)
-def test_an_overflow_decays_nothing(fused, dtype):  # P1
-    def run(cls, wd, attach):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4).to(dtype)
-        optimizer = cls(model.parameters(), lr=0.1, weight_decay=wd, fused=fused)
-        if attach:
-            DecoupledWD(optimizer, WD)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
-        path = []
-        for step in range(6):
-            optimizer.zero_grad()
-            loss = model(torch.ones(2, 4, dtype=dtype)).sum() * (float("inf") if step % 3 else 1)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            path.append(flat(model))
-        return torch.stack(path)
-
-    expected = run(torch.optim.AdamW, WD, False)
-    assert torch.equal(expected[0], expected[2])
-    assert not torch.equal(expected[2], expected[3])
-    assert torch.equal(run(torch.optim.Adam, INNER_WD, True), expected)
 
 
 class Loop:
@@ -118,50 +88,6 @@ def test_a_distributed_checkpoint_is_loaded_before_the_first_step():  # P9
     for loop in (first, second):
         loop.step()
     assert same(first.model, second.model)
-
-
-# Steps that raise
-
-
-class Raising(torch.optim.SGD):
-    fail = False
-
-    def step(self, closure=None):
-        if self.fail:
-            raise RuntimeError("out of memory")
-        return super().step(closure)
-
-
-@pytest.fixture
-def raised():
-    """A parameter, its optimizer and the decay, right after a step that raised."""
-    p, optimizer = one_weight(cls=Raising)
-    decay = DecoupledWD(optimizer, WD)
-    optimizer.fail = True
-    with pytest.raises(RuntimeError, match="out of memory"):
-        optimizer.step()
-    optimizer.fail = False
-    return p, optimizer, decay
-
-
-def test_the_step_after_one_that_raised_decays_once(raised):  # P1, P3
-    p, optimizer, decay = raised
-    before = p.data.clone()
-    optimizer.step()
-    assert torch.equal(p.data, before * 0.95)
-    decay.detach()
-    assert own_wd(optimizer) == [INNER_WD]
-
-
-@pytest.mark.parametrize("then", ["saved", "detached", "set"])
-def test_after_a_step_that_raised_the_weight_decay_is_the_user_s(raised, then):  # P3
-    _, optimizer, decay = raised
-    if then == "saved":
-        assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == INNER_WD
-    if then == "set":
-        optimizer.param_groups[0]["weight_decay"] = 0.25
-    decay.detach()
-    assert own_wd(optimizer) == [0.25 if then == "set" else INNER_WD]
 
 
 # Closures

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from wd_callbacks.torch import DecoupledWD
 
-LR, WD = 0.01, 0.1
-FOR_LOOP, FUSED = {"foreach": False}, {"fused": True}
+LR, WD, BATCHES = 0.01, 0.1, 8
+FOR_LOOP, FOREACH, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}
 
 
 @pytest.fixture(params=["wrapped", "raw", "before"])
@@ -34,172 +34,139 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
-def three_runs(train, options, attached):
-    """Ends with the same bits as AdamW, and not with those of an optimizer without decay.
-
-    ``train(make, attach)`` gets how to make the optimizer of a network, and what to call with the
-    wrapped and the raw one.
-    """
-
-    def run(cls, wd, decays):
-        raws = []
-
-        def make(net):
-            raws.append(cls(net.parameters(), lr=LR, weight_decay=wd, **options))
-            attach(None, raws[0], "before")
-            return raws[0]
-
-        def attach(wrapped, raw, when="after"):
-            if decays and (when == "before") == (attached == "before"):
-                DecoupledWD(wrapped if attached == "wrapped" else raw, WD, quantum=0)
-
-        net = train(make, attach)
-        assert raws[0].param_groups[0]["weight_decay"] == wd  # P3
-        return net
-
-    decayed = run(Adam, INNER_WD, True)
-    assert same(decayed, run(AdamW, WD, False))
-    assert not same(decayed, run(AdamW, 0, False))
+def attach(attached, setup, net, raw, *arguments, **options):
+    """The wrapped model and optimizer, and the decay."""
+    decay = DecoupledWD(raw, *arguments, **options) if attached == "before" else None
+    model, optimizer = setup(net, raw)
+    if decay is None:
+        decay = DecoupledWD(optimizer if attached == "wrapped" else raw, *arguments, **options)
+    return model, optimizer, decay
 
 
-@pytest.mark.parametrize(
-    ("package", "precision", "options"),
-    [
-        (lightning.fabric, "32-true", FOR_LOOP),
-        (lightning_fabric, "32-true", FUSED),
-        (lightning_fabric, "bf16-mixed", {"foreach": True}),
-    ],
-    ids=["for-loop", "fused", "bf16-mixed"],
-)
-def test_fabric(package, precision, options, attached):  # P3, P4, P5
-    def train(make, attach):
-        fabric = package.Fabric(accelerator="cpu", devices=1, precision=precision)
+def fabric(package, precision="32-true"):
+    """How Fabric wraps model and optimizer, and runs a batch; every second one steps."""
+    it = package.Fabric(accelerator="cpu", devices=1, precision=precision)
+
+    def batch(model, index, backward, step):
+        with it.no_backward_sync(model, enabled=index % 2 == 0):
+            backward(it.backward)
+        if index % 2:
+            step()
+
+    return it.setup, batch
+
+
+def accelerate(every, cycles=False):
+    """How Accelerate does; every ``every``-th batch steps."""
+    it = Accelerator(cpu=True, gradient_accumulation_steps=every)
+    lrs = []
+
+    def setup(net, raw):
+        if cycles:
+            lrs.append(it.prepare(OneCycleLR(raw, 0.05, total_steps=BATCHES)))
+        return it.prepare(net, raw)
+
+    def batch(model, index, backward, step):
+        with it.accumulate(model):
+            backward(it.backward)
+            step()
+            for lr in lrs:
+                lr.step()
+
+    return setup, batch
+
+
+def overflowing():
+    """How Accelerate wraps an optimizer with a scaler: the first gradients overflow."""
+    Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-20)
+
+    def setup(net, raw):
+        return net, AcceleratedOptimizer(raw, scaler=scaler)
+
+    def batch(model, index, backward, step):
+        backward(lambda loss: scaler.scale(loss * 100).backward())
+        step()
+
+    return setup, batch
+
+
+WRAPPERS = {
+    # how it wraps, options of the optimizer, and how many steps are made
+    "Fabric": (lambda: fabric(lightning.fabric), FOR_LOOP, 4),
+    "the other Fabric": (lambda: fabric(lightning_fabric), FUSED, 4),
+    "Fabric, bf16-mixed": (lambda: fabric(lightning_fabric, "bf16-mixed"), FOREACH, 4),
+    "Accelerate, one cycle": (lambda: accelerate(1, cycles=True), FOR_LOOP, 8),
+    "Accelerate, accumulation": (lambda: accelerate(2), FOREACH, 4),
+    "Accelerate, both": (lambda: accelerate(2, cycles=True), FUSED, 4),
+    "Accelerate, overflow": (overflowing, FOR_LOOP, None),
+    "Accelerate, overflow, fused": (overflowing, FUSED, None),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_adam_is_adamw(name, attached):  # P1, P3, P4, P5, P6
+    wrap, options, steps = WRAPPERS[name]
+    schedule = Positions(WD)
+
+    def run(cls, wd, decays=False):
         net = network()
-        raw = make(net)
-        model, optimizer = fabric.setup(net, raw)
-        attach(optimizer, raw)
-        for index in range(8):
+        raw = cls(net.parameters(), lr=LR, weight_decay=wd, **options)
+        setup, batch = wrap()
+        if decays:
+            decay = {"wd": schedule, "quantum": 0, "total_steps": BATCHES}
+            model, optimizer, _ = attach(attached, setup, net, raw, **decay)
+        else:
+            model, optimizer = setup(net, raw)
+
+        def step():
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for index in range(BATCHES):
             x, y = batch_of(0, index)
-            with fabric.no_backward_sync(model, enabled=index % 2 == 0):
-                fabric.backward(mse_loss(model(x), y))
-            if index % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+            batch(model, index, lambda back, x=x, y=y: back(mse_loss(model(x), y)), step)
+        assert raw.param_groups[0]["weight_decay"] == wd
+        made = int(raw.state[net[0].weight]["step"])
+        assert made == steps or (steps is None and 0 < made < BATCHES)
+        if decays and not (steps is None and options == FUSED):  # which is called all the same
+            assert schedule.seen == [i / BATCHES for i in range(made)]
         return net
 
-    three_runs(train, options, attached)
+    ours = run(Adam, INNER_WD, decays=True)
+    assert same(ours, run(AdamW, WD))
+    assert not same(ours, run(AdamW, 0))
 
 
-def test_fabric_with_a_closure(attached):  # P1, P3, P4, P5
-    def train(make, attach):
-        fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
+def test_fabric_with_a_closure_and_a_checkpoint(tmp_path, attached):  # P1, P3, P9
+    def start():
+        it = lightning.fabric.Fabric(accelerator="cpu", devices=1)
         net = network()
-        raw = make(net)
-        own = raw.param_groups[0]["weight_decay"]
-        model, optimizer = fabric.setup(net, raw)
-        attach(optimizer, raw)
-        for index in range(6):
+        raw = Adam(net.parameters(), lr=LR, weight_decay=INNER_WD)
+        parts = attach(attached, it.setup, net, raw, WD, quantum=0.0035)
+        return it, dict(zip(("model", "optimizer", "decay"), parts))
+
+    def train(it, parts, batches):
+        model, optimizer = parts["model"], parts["optimizer"]
+        for index in batches:
 
             def closure(index=index):
-                assert optimizer.param_groups[0]["weight_decay"] == own
+                assert optimizer.param_groups[0]["weight_decay"] == INNER_WD
                 optimizer.zero_grad()
                 x, y = batch_of(0, index)
                 loss = mse_loss(model(x), y)
-                fabric.backward(loss)
+                it.backward(loss)
                 return loss
 
             optimizer.step(closure)
-        return net
+        return weights(model)
 
-    three_runs(train, {}, attached)
-
-
-def test_fabric_saves_the_user_s_weight_decay(tmp_path, attached):  # P3, P9
-    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
-    net = network()
-    raw = Adam(net.parameters(), lr=LR, weight_decay=INNER_WD)
-    model, optimizer = fabric.setup(net, raw)
-    decay = DecoupledWD(optimizer if attached == "wrapped" else raw, 1e-4, quantum=1e-5)
-
-    def train(batches):
-        for index in batches:
-            x, y = batch_of(0, index)
-            optimizer.zero_grad()
-            fabric.backward(mse_loss(model(x), y))
-            optimizer.step()
-
-    train(range(7))
-    path = tmp_path / "state.ckpt"
-    fabric.save(path, {"model": model, "optimizer": optimizer, "decay": decay})
-    train(range(7, 15))
-    whole = weights(net)
-    (group,) = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
+    it, parts = start()
+    train(it, parts, range(6))
+    it.save(tmp_path / "state.ckpt", parts)
+    (group,) = torch.load(tmp_path / "state.ckpt", weights_only=True)["optimizer"]["param_groups"]
     assert group["weight_decay"] == INNER_WD
-    decay.detach()
-    decay = DecoupledWD(optimizer, 1e-4, quantum=1e-5)
-    fabric.load(path, {"model": model, "optimizer": optimizer, "decay": decay})
-    train(range(7, 15))
-    assert same(whole, net)
-
-
-@pytest.mark.parametrize(
-    ("accumulate", "scheduler", "options"),
-    [(1, True, FOR_LOOP), (2, False, {"foreach": True}), (2, True, FUSED)],
-    ids=["one cycle", "accumulation", "both"],
-)
-def test_accelerate(accumulate, scheduler, options, attached):  # P1, P3, P4, P5
-    def train(make, attach):
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-        net = network()
-        raw = make(net)
-        model, optimizer = accelerator.prepare(net, raw)
-        if scheduler:
-            cycle = accelerator.prepare(OneCycleLR(raw, 0.05, total_steps=8))
-        attach(optimizer, raw)
-        for index in range(8):
-            x, y = batch_of(0, index)
-            with accelerator.accumulate(model):
-                accelerator.backward(mse_loss(model(x), y))
-                optimizer.step()
-                if scheduler:
-                    cycle.step()
-                optimizer.zero_grad()
-        return net
-
-    three_runs(train, options, attached)
-
-
-def test_accelerate_counts_the_steps_it_makes(attached):  # P6
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
-    net = network()
-    raw = Adam(net.parameters(), lr=LR, weight_decay=INNER_WD)
-    model, optimizer = accelerator.prepare(net, raw)
-    schedule = Positions()
-    DecoupledWD(optimizer if attached == "wrapped" else raw, schedule, total_steps=4)
-    for index in range(16):
-        x, y = batch_of(0, index)
-        with accelerator.accumulate(model):
-            accelerator.backward(mse_loss(model(x), y))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert schedule.seen == [0.0, 0.25, 0.5, 0.75]
-
-
-@pytest.mark.parametrize("options", [FOR_LOOP, FUSED], ids=["for-loop", "fused"])
-def test_accelerate_with_an_overflow(options, attached):  # P1, P4, P5
-    def train(make, attach):
-        Accelerator(cpu=True)
-        net = network()
-        raw = make(net)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-20)
-        optimizer = AcceleratedOptimizer(raw, scaler=scaler)
-        attach(optimizer, raw)
-        for index in range(6):
-            x, y = batch_of(0, index)
-            optimizer.zero_grad()
-            scaler.scale(mse_loss(net(x), y) * 100).backward()
-            optimizer.step()
-        assert 0 < raw.state[net[0].weight]["step"] < 6
-        return net
-
-    three_runs(train, options, attached)
+    whole = train(it, parts, range(6, 12))
+    it, again = start()
+    it.load(tmp_path / "state.ckpt", again)
+    assert all(map(torch.equal, whole, train(it, again, range(6, 12))))
