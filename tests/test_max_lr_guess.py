@@ -20,6 +20,8 @@ from still import (
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
     ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
     CyclicLR,
     LambdaLR,
     LinearLR,
@@ -139,6 +141,9 @@ SCHEDULERS = {
     "one cycle": lambda o: OneCycleLR(o, 0.1, 16),
     "warm-up": lambda o: LinearLR(o, 1e-3, 1.0, 8),
     "lambda": lambda o: LambdaLR(o, lambda i: min(1, (i + 1) / 8)),
+    "warm-up in a sequence": lambda o: SequentialLR(
+        o, [LinearLR(o, 1e-3, 1.0, 8), CosineAnnealingLR(o, 8)], [8]
+    ),
 }
 
 
@@ -169,6 +174,19 @@ def test_lightning_knows_the_peak_of_its_schedulers(name):
     lightning_trainer(decay, *watch, epochs=4).fit(Scheduled(SCHEDULERS[name]))
     assert len(shortest) == 16
     assert min(shortest) >= 990
+
+
+@pytest.mark.parametrize("make", [CosineAnnealingLR, CosineAnnealingWarmRestarts])
+def test_a_rate_that_lightning_s_search_has_found_moves_the_peak_of_most_schedulers(make):
+    decay, model = LightningWD(Timescale(steps=1000)), Scheduled(lambda o: make(o, 16))
+
+    def search(_, trainer, *args):  # as LearningRateFinder does
+        trainer.optimizers[0].param_groups[0]["lr"] = 1e-4
+        return True
+
+    lightning_trainer(at(LightningCallback, "on_fit_start", search), decay, epochs=4).fit(model)
+    peak = 1e-4 if make is CosineAnnealingLR else 1e-3
+    assert decay.describe()[0].max_lr == pytest.approx(peak)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

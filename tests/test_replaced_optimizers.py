@@ -1,8 +1,11 @@
 """Optimizers that are replaced during a run, steps that others make, and shared callbacks."""
 
+import functools
+
 import pytest
 import torch
 from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.optimizer import OptimWrapper
 from still import (
     BATCHES,
     Factor,
@@ -18,6 +21,7 @@ from still import (
     quietly,
     sgd,
 )
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from wd_callbacks.fastai import DecoupledWD as FastaiWD
 from wd_callbacks.lightning import DecoupledWD as LightningWD
@@ -49,12 +53,12 @@ LIGHTNING_HOOKS = [
 ]
 
 
-# One that is replaced after the batch has started decays from the next batch on.
-IN_TIME = [("on_train_batch_start", "before"), *((hook, "module") for hook in LIGHTNING_HOOKS)]
+PLACES = [("on_train_batch_start", "before"), ("on_train_batch_start", "after")]
+PLACES += [(hook, "module") for hook in LIGHTNING_HOOKS]
 
 
 @pytest.mark.parametrize("replace", [set_up_again, assign])
-@pytest.mark.parametrize(("hook", "place"), IN_TIME)
+@pytest.mark.parametrize(("hook", "place"), PLACES)
 def test_a_new_lightning_optimizer_decays_from_its_first_step(hook, place, replace):  # P1, P3
     def function(_, trainer, *args, **kwargs):
         if trainer.current_epoch == 1:
@@ -69,6 +73,7 @@ def test_a_new_lightning_optimizer_decays_from_its_first_step(hook, place, repla
     factor = Factor(model)
     lightning_trainer(*callbacks, epochs=3).fit(model)
     assert factor() == pytest.approx(ALL, rel=1e-5)
+    assert not _global_optimizer_pre_hooks
 
 
 class Manual(StillModule):
@@ -105,7 +110,17 @@ CHANGES = {
     "fewer": (two, lambda model: one(model)),
     "more": (one, lambda model: two(model)[::-1]),
     "in another order": (two, lambda model: model.trainer.optimizers[::-1]),
+    "the second of two": (two, lambda model: [model.trainer.optimizers[0], two(model)[1]]),
 }
+
+
+@pytest.mark.parametrize("change", ["the second of two", "in another order"])
+def test_optimizers_that_a_step_replaces_before_it_steps_them_decay_at_once(change):  # P1
+    make, new = CHANGES[change]
+    model = Manual(make, lambda model: setattr(model.trainer.strategy, "optimizers", new(model)))
+    factor = Factor(model)
+    lightning_trainer(LightningWD(1.0), epochs=3).fit(model)
+    assert factor() == pytest.approx(ALL, rel=1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -224,6 +239,23 @@ def test_a_new_fastai_optimizer_decays_from_its_first_step(hook, order):  # P1, 
     assert "step" not in vars(learn.opt)
 
 
+WRAPPED = functools.partial(OptimWrapper, opt=torch.optim.SGD)
+
+
+@pytest.mark.parametrize("hook", ["before_epoch", "before_batch", "after_backward"])
+def test_a_new_torch_optimizer_inside_a_fastai_one_decays_from_its_first_step(hook):  # P1, P3
+    def function(callback):
+        if callback.epoch == 1 and callback.training:
+            callback.learn.opt.opt = sgd(callback.learn.model.parameters())
+        return callback.epoch == 1 and callback.training
+
+    learn = learner(FastaiWD(1.0), at(FastaiCallback, hook, function), opt_func=WRAPPED)
+    factor = Factor(learn.model)
+    quietly(learn, "fit", 3, 0.1)
+    assert factor() == pytest.approx(ALL, rel=1e-5)
+    assert not learn.opt.opt._optimizer_step_pre_hooks
+
+
 def step(callback):
     for p in callback.learn.model.parameters():
         p.grad = torch.zeros_like(p)
@@ -232,6 +264,8 @@ def step(callback):
 
 
 def step_inside(callback):
+    for p in callback.learn.model.parameters():
+        p.grad = torch.zeros_like(p)
     callback.learn.opt.opt.step()
     callback.learn.opt.zero_grad()
 
@@ -247,14 +281,17 @@ def step_inside(callback):
         ("before_step", CancelStepException),
     ],
 )
-def test_a_step_that_a_fastai_callback_makes_decays(hook, cancel, order):  # P1
+@pytest.mark.parametrize("make", [step, step_inside])
+def test_a_step_that_a_fastai_callback_makes_decays(hook, cancel, order, make):  # P1
     def function(callback):
         if not callback.training:
             return
-        step(callback)
+        make(callback)
         raise cancel
 
-    learn = learner(FastaiWD(0.5), at(FastaiCallback, hook, function, order, times=99))
+    other = at(FastaiCallback, hook, function, order, times=99)
+    options = {"opt_func": WRAPPED} if make is step_inside else {}
+    learn = learner(FastaiWD(0.5), other, **options)
     factor = Factor(learn.model)
     quietly(learn, "fit", 1, 0.1)
     assert factor() == pytest.approx(0.95**4, rel=1e-5)
@@ -262,7 +299,7 @@ def test_a_step_that_a_fastai_callback_makes_decays(hook, cancel, order):  # P1
 
 # Hugging Face's Trainer
 
-TRAINER_HOOKS = ["on_optimizer_step", "on_step_end"]
+TRAINER_HOOKS = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["told", "untold"])
@@ -384,6 +421,19 @@ def test_what_another_lightning_trainer_does_meanwhile_leaves_a_fit_alone(method
         model
     )
     assert factor() == pytest.approx(ALL, rel=1e-5)
+
+
+def test_a_fastai_fit_inside_a_fit_with_the_same_callback_is_refused():  # P10
+    decay, inner = FastaiWD(1.0), []
+
+    def function(callback):
+        inner.append(turn_fastai(decay))
+        return True
+
+    learn = learner(decay, at(FastaiCallback, "before_epoch", function))
+    with pytest.raises(ValueError, match="give each Learner its own"):
+        quietly(learn, "fit", 2, 0.1)
+    assert inner == pytest.approx([0.9**4])
 
 
 def test_a_callback_of_two_learners_is_right_or_refused():  # P10

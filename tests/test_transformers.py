@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,11 +286,11 @@ def test_finding_the_batch_size(train):  # P4, P6
     assert seen[-4:] == [0.0, 0.25, 0.5, 0.75]
 
 
-def test_searching_hyperparameters(build):  # P13: the metrics of an evaluation stay as they are
+def test_searching_hyperparameters(build):  # P9, P13: evaluation metrics stay as they are
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    callback = DecoupledWD()
-    options = {**TO_EVALUATE, "num_train_epochs": 1, "logging_steps": 100}
+    callback = DecoupledWD(anchor="initial")
+    options = {**TO_EVALUATE, "num_train_epochs": 1, "logging_steps": 100, "save_strategy": "epoch"}
     trainer = build(callback, model_init=bert, **options)
     seen = []
 
@@ -304,6 +305,9 @@ def test_searching_hyperparameters(build):  # P13: the metrics of an evaluation 
     sampler = optuna.samplers.GridSampler({"weight_decay": [0.1, 0.2]}, seed=0)
     trainer.hyperparameter_search(space, objective, 2, backend="optuna", sampler=sampler)
     assert set(seen) == {(0.1, 0.1), (0.2, 0.2)}
+    folders = list(Path(trainer.args.output_dir).glob("run-*/checkpoint-*"))
+    assert len(folders) == 2
+    assert all((folder / ANCHORS_FILE).is_file() for folder in folders)
 
 
 def test_a_seq2seq_trainer(train):  # P4

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from wd_callbacks.core import table
 from wd_callbacks.core.adapter import Adapter
-from wd_callbacks.core.attach import checked, decays_first
-from wd_callbacks.core.compat import check_compatible
+from wd_callbacks.core.attach import attach
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.groups import Group
@@ -25,7 +24,6 @@ from wd_callbacks.core.layout import Setup, check_parameters, make_layout
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.step import Position, Step
 from wd_callbacks.core.table import Description
-from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run
 
 try:
@@ -116,7 +114,8 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
                 f"wd maps optimizer indices, got {self.config!r}, but a Learner has one optimizer: "
                 f"give its wd itself"
             )
-        self._armed: Any = None  # the _ArmedStep of the fit that is running, or of the last one
+        self._attached: Any = None  # in the fit that is running, or in the last one
+        self._optimizer: Any = None  # held until the fit ends, also if it is replaced
         self._fits = 0  # `validate` in the middle of a fit fires `before_fit` and `after_fit` too
         self._is_fitting = False
         self._position = Position()
@@ -124,7 +123,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
     @property
     def coefficients(self) -> list[float]:
         """The coefficient at the last step, one per row of `describe()`."""
-        return [] if self._armed is None else self._armed.decay.coefficients
+        return [] if self._attached is None else self._attached.decay.coefficients
 
     def describe(self, parameters: bool = False) -> Description:
         """Return a table of what the decay does; `print` shows it.
@@ -138,10 +137,10 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         Raises:
             ValueError: No fit has started to train, or its optimizer is gone.
         """
-        if self._armed is None:
+        if self._attached is None:
             raise ValueError("there is nothing to describe before a fit has started to train")
-        make = table.describe_parameters if parameters else table.describe
-        return make(self._armed.decay, _groups(self._armed.opt))
+        description: Description = self._attached.describe(parameters=parameters)
+        return description
 
     def before_fit(self) -> None:
         self._fits += 1
@@ -156,8 +155,8 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             self._position.value, self._batches = self._done(0), 0
             self._used: dict[str, list[float]] = {}
         self._has_attempted, self._steps = False, 0
-        if starts or not self._is_armed():
-            self._arm(goes_on=not starts)
+        if starts or not self._is_current():
+            self._attach(goes_on=not starts)
         if starts and self.config.verbose and rank_distrib() == 0:
             print(self.describe())
 
@@ -167,12 +166,12 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             self.before_train()
             self._position.value = self._done(self.iter)
         self.before_step()
-        self._steps = self._armed.decay.steps
+        self._steps = self._attached.decay.steps
 
     def before_step(self) -> None:
         """Go on with an optimizer that has replaced another one."""
-        if not self._is_armed():
-            self._arm(goes_on=True)
+        if not self._is_current():
+            self._attach(goes_on=True)
 
     def after_step(self) -> None:
         """Note an attempt to step, also one that was cancelled."""
@@ -181,7 +180,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
     def after_batch(self) -> None:
         """Note what part of the fit is done, and the coefficients of each batch up to its step."""
         self._batches += 1
-        decay = self._armed.decay
+        decay = self._attached.decay
         has_stepped = decay.steps > self._steps
         if has_stepped or self._has_attempted:
             self._position.value, self._has_attempted = self._done(self.iter + 1), False
@@ -195,8 +194,8 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         self._fits -= 1
         if self._fits == 0 and self._is_fitting:
             self._is_fitting = False
-            self._armed.disarm()
-            self._armed.decay.check_max_lr()
+            self._attached.detach()
+            self._optimizer = None
             if hasattr(self.learn, "recorder"):
                 self.recorder.hps = self._hps()
 
@@ -221,16 +220,19 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             hps[name] = (used + used[-1:] * (self._batches - len(used)))[: self._batches]
         return hps
 
-    def _is_armed(self) -> bool:
-        return self._armed is not None and self._armed.is_on(self.opt)
+    def _is_current(self) -> bool:
+        attached = self._attached
+        return attached is not None and attached.is_attached and attached.is_of(_inner(self.opt))
 
-    def _arm(self, goes_on: bool) -> None:
+    def _attach(self, goes_on: bool) -> None:
         """Decay in the steps of the Learner's optimizer, whoever makes them."""
         if sum(isinstance(cb, DecoupledWD) for cb in self.learn.cbs) > 1:
             raise ValueError(
                 "this Learner has two DecoupledWD, which would decay twice: merge them"
             )
-        groups, old = _groups(self.opt), self._armed
+        old = self._attached
+        if old is not None:
+            old.detach()
         scheds = [cb.scheds for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
         setup = Setup(
             self.config,
@@ -240,17 +242,18 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             schedules_own_wd=any("wd" in each for each in scheds),
             may_decay=functools.partial(_does_wd, weakref.ref(self.opt)),
         )
-        for message in _compatibility(self.opt, self.config.follows_lr):
-            warn(message)
-        self.config.check_groups(groups)
-        decay = Decay(setup)
-        decay.layout = make_layout(decay.setup, groups, (), decay.layout)
-        check_parameters(decay.setup, groups, decay.layout)
+        this = weakref.ref(self)
+        make = attach if isinstance(self.opt, OptimWrapper) else _AttachedStep
+        self._attached = make(
+            _inner(self.opt),
+            setup,
+            self._position,
+            on_divergence=functools.partial(_end_search, this),
+            is_running=functools.partial(_is_fitting, this),
+        )
         if old is not None and goes_on:
-            decay.inherit(old.decay)
-        if old is not None:
-            old.disarm()
-        self._armed = _ArmedStep(self, self.opt, decay)
+            self._attached.decay.inherit(old.decay)
+        self._optimizer = _inner(self.opt)
 
     def _run(self) -> Run:
         """Return how many steps the fit makes, with accumulation taken into account."""
@@ -290,24 +293,36 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Exports and copies take the arguments along, not the fit."""
         own = {name: value for name, value in vars(self).items() if name in ("config", "learn")}
-        return {**own, "_armed": None, "_fits": 0, "_is_fitting": False, "_position": Position()}
+        run = {"_attached": None, "_optimizer": None, "_fits": 0, "_is_fitting": False}
+        return {**own, **run, "_position": Position()}
 
 
-class _ArmedStep:
-    """Stands in for `opt.step` during a fit. It holds the optimizer weakly.
+class _AttachedStep:
+    """A decay that stands in for `step` of a fastai optimizer, which has no hooks.
 
-    A fit that is interrupted leaves it behind: outside of a fit it steps as `opt.step` did.
+    It holds the optimizer weakly. A fit that is interrupted leaves it behind: outside of a fit it
+    steps as `opt.step` did.
     """
 
-    def __init__(self, callback: DecoupledWD, opt: Any, decay: Decay) -> None:
+    def __init__(
+        self,
+        opt: Any,
+        setup: Setup,
+        position: Position,
+        on_divergence: Callable[[], bool],
+        is_running: Callable[[], bool],
+    ) -> None:
         self.remove(opt)
-        search_ends = functools.partial(_end_search, weakref.ref(callback.learn))
-        groups = functools.partial(_groups_of, weakref.ref(opt))
-        self.decay = decay
-        first = decays_first(opt.opt if isinstance(opt, OptimWrapper) else opt, decay)
-        self._step = Step(decay, groups, callback._position, first, search_ends)
+        groups = _groups(opt)
+        for message in _compatibility(opt):
+            setup.warn(message)
+        setup.config.check_groups(groups)
+        self.decay = decay = Decay(setup)
+        decay.layout = make_layout(decay.setup, groups, (), decay.layout)
+        check_parameters(decay.setup, groups, decay.layout)
         self._opt = weakref.ref(opt, lambda _: decay.release())
-        self._callback = weakref.ref(callback)
+        self._step = Step(decay, lambda: _groups(self.opt), position, on_divergence=on_divergence)
+        self._is_running = is_running
         self._replaced = vars(opt).get("step")
         self._inner: Any = opt.step
         opt.step = self
@@ -320,14 +335,23 @@ class _ArmedStep:
             raise ValueError("the optimizer of this DecoupledWD is gone, and its decay with it")
         return opt
 
-    def is_on(self, opt: Any) -> bool:
-        """Return True if it stands in for the step of `opt`."""
-        return self._opt() is opt and self._inner is not None
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer's steps decay."""
+        return self._inner is not None and self._opt() is not None
+
+    def is_of(self, opt: Any) -> bool:
+        """Return True if it is attached to `opt`."""
+        return self._opt() is opt
+
+    def describe(self, parameters: bool = False) -> Description:
+        """Return a table of what the decay does."""
+        make = table.describe_parameters if parameters else table.describe
+        return make(self.decay, _groups(self.opt))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Decay, and step with a weight decay of 0."""
-        callback = self._callback()
-        if callback is None or not _is_fitting(callback.learn):
+        if not self._is_running():
             return self._inner(*args, **kwargs)
         args, kwargs = self._step.before(args, kwargs)
         try:
@@ -338,18 +362,19 @@ class _ArmedStep:
         self._step.after()
         return result
 
-    def disarm(self) -> None:
+    def detach(self) -> None:
         """Give the optimizer its own step back."""
         opt = self._opt()
         if opt is not None and vars(opt).get("step") is self:
             self.remove(opt)
+            self.decay.check_max_lr()
         self._step.cancel()
 
     @staticmethod
     def remove(opt: Any) -> None:
         """Give `opt` back the step that it had, its class's or one of its own."""
         step = vars(opt).get("step")
-        if isinstance(step, _ArmedStep):
+        if isinstance(step, _AttachedStep):
             del opt.step
             if step._replaced is not None:
                 opt.step = step._replaced
@@ -377,8 +402,9 @@ def _same(step: Any) -> Any:
     return step
 
 
-def _is_fitting(learn: Any) -> bool:
-    """Return True if a fit of `learn`, None if the callback was removed, is on the call stack."""
+def _is_fitting(callback: Callable[[], Any]) -> bool:
+    """Return True if a fit of the callback's Learner, None if it was removed, is running."""
+    learn = getattr(callback(), "learn", None)
     frame: FrameType | None = sys._getframe(1) if learn is not None else None
     while frame is not None:
         if frame.f_code.co_name == "_with_events" and frame.f_locals.get("self") is learn:
@@ -387,9 +413,9 @@ def _is_fitting(learn: Any) -> bool:
     return False
 
 
-def _end_search(learn: Callable[[], Any]) -> bool:
+def _end_search(callback: Callable[[], Any]) -> bool:
     """End a search by `lr_find` that diverges; its callback restores the weights."""
-    if any(isinstance(cb, LRFinder) for cb in learn().cbs):
+    if any(isinstance(cb, LRFinder) for cb in callback().learn.cbs):
         raise CancelFitException
     return False
 
@@ -408,10 +434,8 @@ def _named(decay: Decay) -> dict[str, float]:
     return {"wd": decaying[-1][1], **keyed}
 
 
-def _compatibility(opt: Any, follows_lr: bool) -> list[str]:
-    """Return what a user should know of an optimizer when its `wd` is 0."""
-    if isinstance(opt, OptimWrapper):
-        return check_compatible(checked(opt.opt), follows_lr)
+def _compatibility(opt: Any) -> list[str]:
+    """Return what a user should know of a fastai optimizer when its `wd` is 0."""
     cbs = [cb.func if isinstance(cb, functools.partial) else cb for cb in opt.cbs]
     return [
         f"`{cb.__name__}` of this optimizer takes `wd` into its update, and DecoupledWD sets it to "
@@ -421,12 +445,11 @@ def _compatibility(opt: Any, follows_lr: bool) -> list[str]:
     ]
 
 
-def _groups_of(opt: Callable[[], Any]) -> list[Group]:
-    return _groups(opt())
+def _inner(opt: Any) -> Any:
+    """Return the torch optimizer in an `OptimWrapper`; a fastai optimizer as it is."""
+    return opt.opt if isinstance(opt, OptimWrapper) else opt
 
 
 def _groups(opt: Any) -> list[Group]:
-    """Return the param groups of a fastai optimizer, or of the torch optimizer that it wraps."""
-    if isinstance(opt, OptimWrapper):
-        return list(opt.opt.param_groups)
+    """Return the hyperparameters and parameters of a fastai optimizer as param groups."""
     return [ChainMap(h, {"params": params}) for h, params in zip(opt.hypers, opt.param_lists)]

@@ -147,7 +147,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         self._watch = watch(self._meet)
         saved = (state.stateful_callbacks or {}).get(STATE_KEY)
         if saved is not None:
-            self._load(args, state, saved)
+            self._load(state, saved)
         elif state.global_step:
             warn(
                 f"the checkpoint has no state of this DecoupledWD: it was saved after "
@@ -222,7 +222,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save initial anchors, which are tensors, beside the checkpoint's other files."""
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        folder = _checkpoint(state)
         anchors = self._attached.state_dict().get("anchors")
         if anchors is not None and args.should_save and os.path.isdir(folder):
             torch.save(anchors, os.path.join(folder, ANCHORS_FILE))
@@ -267,10 +267,10 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         steps = {"steps": self._attached.decay.steps, "max_steps": state.max_steps}
         state.stateful_callbacks[STATE_KEY] = {**steps, **saved}
 
-    def _load(self, args: Arguments, state: TrainerState, saved: dict[str, Any]) -> None:
+    def _load(self, state: TrainerState, saved: dict[str, Any]) -> None:
         check_entries(saved, steps=is_count, max_steps=lambda _: True)
         if self.config.anchor == "initial":
-            saved = {**saved, "anchors": torch.load(_anchors_file(args, state), weights_only=True)}
+            saved = {**saved, "anchors": torch.load(_anchors_file(state), weights_only=True)}
         self._attached.load_state_dict(saved)
         decay = self._attached.decay
         decay.steps = self._steps_logged = saved["steps"]
@@ -301,9 +301,16 @@ def _running_trainers() -> list[Trainer]:
     return trainers
 
 
-def _anchors_file(args: Arguments, state: TrainerState) -> str:
+def _checkpoint(state: TrainerState) -> str:
+    """Return the folder of a checkpoint of the running Trainer, in a search that of its trial."""
+    trainer = _running_trainers()[0]
+    folder = trainer._get_output_dir(getattr(trainer, "_trial", None))
+    return os.path.join(folder, f"checkpoint-{state.global_step}")
+
+
+def _anchors_file(state: TrainerState) -> str:
     """Return the file of the initial anchors in the checkpoint that is resumed."""
-    folders = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
+    folders = [_checkpoint(state)]
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # of `train`, whose argument the Trainer keeps nowhere else
         resumed = frame.f_locals.get("resume_from_checkpoint")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
-from torch.compiler import disable
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -23,8 +23,9 @@ from wd_callbacks.core.layout import Setup, check_parameters, make_layout
 from wd_callbacks.core.step import Step
 from wd_callbacks.core.table import Description
 
-WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
+WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
 STATE_SETUP = "torch.distributed.checkpoint.state_dict"  # steps with gradients and lr of 0
+untraced: Callable[[Any], Any] = torch.compiler.disable
 HOOKED_STEP = Optimizer.profile_hook_step(lambda *_: None).__code__  # what runs the hooks
 
 Progress = Callable[[Decay], float]
@@ -90,8 +91,8 @@ class Attached:
         self._depth = 0  # of `step` calls: one may call `super().step()`
         # Traced by torch.compile, a coefficient would be a constant to be compiled anew.
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(disable(self._before_step)),
-            optimizer.register_step_post_hook(disable(self._after_step)),
+            optimizer.register_step_pre_hook(untraced(self._before_step)),
+            optimizer.register_step_post_hook(untraced(self._after_step)),
             optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
         # Post hooks of others find the groups as the user set them.
@@ -243,25 +244,19 @@ def watch(meet: Callable[[Optimizer], None]) -> RemovableHandle:
     """
     method = weakref.WeakMethod(meet)
 
-    @disable
     def before_step(optimizer: Optimizer, *_: object) -> None:
         call = method()
         if call is not None and not has_decay(optimizer):
             call(optimizer)
 
-    return register_optimizer_step_pre_hook(before_step)
+    return register_optimizer_step_pre_hook(untraced(before_step))
 
 
 def unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    while _is_wrapper(type(optimizer)):
+    while not WRAPPERS.isdisjoint(cls.__name__ for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-@functools.cache
-def _is_wrapper(cls: type) -> bool:
-    return any(base.__name__ in WRAPPERS for base in cls.__mro__)
 
 
 def _groups(optimizer: Callable[[], Any]) -> Sequence[Group]:

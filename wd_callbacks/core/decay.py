@@ -102,9 +102,7 @@ class Decay:
         before, layout = old.layout, self.layout
         if before.sizes == layout.sizes:  # the param groups are those of before
             layout = replace(layout, groups=before.groups, rules=before.rules)
-        self.layout = replace(
-            layout, deferred=before.all_deferred(), anchors=before.anchors
-        )
+        self.layout = replace(layout, deferred=before.all_deferred(), anchors=before.anchors)
         self.steps, self.warn = old.steps, old.warn
         self.setup = replace(self.setup, warn=old.warn)
         self._has_started = old._has_started

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 from wd_callbacks.core.checks import is_sequence, number, of_group
 from wd_callbacks.core.config import RATIOS, Config, schedule_name
@@ -33,6 +34,8 @@ class Shrink(NamedTuple):
 
 
 NOTHING = Shrink(0.0, 0.0, 1.0)
+
+ABSOLUTE = (LambdaLR, CosineAnnealingWarmRestarts)  # compute lr from their base_lrs alone
 
 
 class GroupState(NamedTuple):
@@ -285,8 +288,25 @@ def _max_lr(
 
 
 def scheduler_max_lrs(scheduler: Any) -> list[float]:
-    """Return the peak learning rates that a torch scheduler knows, such as CyclicLR; else none."""
-    inner = [scheduler_max_lrs(each) for each in getattr(scheduler, "_schedulers", ())]
+    """Return the peak learning rates that a torch scheduler knows; none if it knows none.
+
+    If a search for a learning rate has set lr since the scheduler was made, most schedulers go on
+    from there, and their peak has moved as far.
+    """
+    known = _own_max_lrs(scheduler)
+    if known or isinstance(scheduler, ABSOLUTE):
+        return known
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    lrs = [group["lr"] for group in groups]
+    last, base = getattr(scheduler, "_last_lr", ()), getattr(scheduler, "base_lrs", ())
+    if last == lrs or not (len(last) == len(base) == len(lrs) and all(last)):
+        return []
+    return [float(top * lr / of) for top, lr, of in zip(base, lrs, last)]
+
+
+def _own_max_lrs(scheduler: Any) -> list[float]:
+    """Return those of CyclicLR, also inside of other schedulers."""
+    inner = [_own_max_lrs(each) for each in getattr(scheduler, "_schedulers", ())]
     known = [list(getattr(scheduler, "max_lrs", ())), *inner]
     return [max(lrs) for lrs in zip(*filter(None, known))]
 

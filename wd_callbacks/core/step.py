@@ -71,7 +71,7 @@ class Step:
         if self._zeroed or self.decay.setup.config.cautious:
             self.cancel()  # what a step that raised has left behind
         groups = self._groups()
-        closure = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
+        closure: Any = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
         has_closure = closure is not None and callable(closure)
         self._awaits_closure = has_closure and not self._decays_first
         if not self._awaits_closure:
