@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from helpers import ADAM, INNER_WD, caught, every_optimizer, flat, same, weights, zero_gradients
+from helpers import ADAM, CASES, INNER_WD, caught, flat, same, weights, zero_gradients
 from reference.steps import make_steps, without_wd
 from torch import nn
 
 from wd_callbacks.torch import DecoupledWD
 
 STEPS, LR, WD = 6, 0.05, 0.5
+EACH_CLASS = {case.cls: case for case in CASES}.values()
 ONES = torch.ones(2)
 
 
@@ -25,9 +26,12 @@ def by_hand(named, anchors, shrink):
 
 
 @pytest.mark.filterwarnings("ignore::wd_callbacks.core.warn.DecoupledWDWarning")  # lambd, sparse
-@pytest.mark.parametrize("kind", ["initial", "mapping"])
-@every_optimizer
-def test_every_optimizer(case, kind):  # P15, P1
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, "mapping") for case in CASES] + [(case, "initial") for case in EACH_CLASS],
+    ids=lambda it: getattr(it, "id", it),
+)
+def test_every_optimizer_equals_the_loop_by_hand(case, kind):  # P15, P1
     ours, hand, none = models = [case.model(torch.float64) for _ in range(3)]
     anchors = {name: torch.full_like(p, 0.5) for name, p in hand.named_parameters()}
     if len(anchors) > 1:  # the last one decays towards zero
@@ -91,13 +95,13 @@ PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.
 
 
 @pytest.mark.parametrize("prefix", [*PREFIXES, "_fsdp_wrapped_module."])
-@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
-def test_prefixes_of_wrappers_do_not_count(prefix, wrap):  # P12
-    model, optimizer, decay = one(2.0, anchor=None)
-    decay.detach()
-    DecoupledWD(optimizer, 1.0, anchor={f"{prefix}weight": ONES}, model=wrap(model))
-    optimizer.step()
-    assert values(model) == [1.9] * 2
+def test_prefixes_of_wrappers_do_not_count(prefix):  # P12
+    for wrap in (lambda it: it, nn.DataParallel):
+        model, optimizer, decay = one(2.0, anchor=None)
+        decay.detach()
+        DecoupledWD(optimizer, 1.0, anchor={f"{prefix}weight": ONES}, model=wrap(model))
+        optimizer.step()
+        assert values(model) == [1.9] * 2
 
 
 def test_tied_parameters_go_by_any_name():  # P15
@@ -108,28 +112,14 @@ def test_tied_parameters_go_by_any_name():  # P15
     assert decay.describe(parameters=True)[0].anchor == "given"
 
 
-WRONG = [
-    ({}, {}, "anchor.*names no"),
-    ({"wieght": ONES}, {}, "anchor names no parameter.*'wieght'.*'weight'"),
-    ({"weight": torch.ones(3)}, {}, r"anchor\['weight'\] has shape \(3,\).*\(2,\)"),
-    ({"weight": 1.0}, {}, r"anchor\['weight'\] is 1.0, expected a tensor"),
-    (ONES, {}, "anchor must be None, 'initial' or a mapping"),
-    ({"weight": ONES}, {"model": None}, "anchor needs the names.*give model"),
-]
+HOW = {
+    "excluded": {"exclude": "1.weight"},
+    "no key": {"wd": {"0.*": 0.1}},
+    "a coefficient of 0": {"wd": {"1.*": 0, "*": 0.1}},
+}
 
 
-@pytest.mark.parametrize(("anchor", "options", "message"), WRONG)
-def test_nonsense_is_refused(anchor, options, message):  # P15, P10
-    model, optimizer, decay = one(anchor=None)
-    decay.detach()
-    with pytest.raises((TypeError, ValueError), match=message):
-        DecoupledWD(optimizer, 0.1, anchor=anchor, **{"model": model, **options})
-
-
-HOW = [{"exclude": "1.weight"}, {"wd": {"0.*": 0.1}}, {"wd": {"1.*": 0, "*": 0.1}}]
-
-
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_only_what_decays_has_an_anchor(how):  # P15
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
     model[2].requires_grad_(False)
@@ -158,17 +148,17 @@ def test_keys_of_a_mapping_have_anchors_too(count, dtype):  # P14, P15
     assert [p[0].item() for p in model] == pytest.approx(expected, rel=2**-8)
 
 
-SINGLE = [(distance, shrink) for distance in (1, 0.1, 0.01, 1e-3) for shrink in (1e-3, 1e-5, 1e-7)]
+SINGLE = [(distance, shrink) for distance in (1, 0.1, 0.01, 1e-3) for shrink in (1e-3, 1e-5)]
 HALF = [(distance, shrink) for distance in (1, 0.15) for shrink in (1e-2, 1e-3)]
 TABLE = [
-    *[(torch.float64, 2**-10, *each) for each in SINGLE],
-    *[(torch.float32, 2**-10, *each) for each in SINGLE],
+    *[(torch.float64, 2**-10, *each) for each in ((1, 1e-3), (1e-3, 1e-5))],
+    *[(torch.float32, 2**-10, *each) for each in (*SINGLE, (1e-3, 1e-7))],
     *[(torch.float16, 2**-5, *each) for each in HALF],
     *[(torch.bfloat16, 2**-3, *each) for each in HALF],
 ]
 
 
-@pytest.mark.parametrize(("dtype", "quantum", "distance", "shrink"), TABLE)
+@pytest.mark.parametrize(("dtype", "quantum", "distance", "shrink"), TABLE, ids=str)
 def test_what_is_applied_is_what_was_due(dtype, quantum, distance, shrink):  # P8
     generator = torch.Generator().manual_seed(0)
     anchor, spread = (torch.rand(4096, generator=generator) + low for low in (1, 0.5))
@@ -313,10 +303,12 @@ def test_lightning(package, tmp_path):  # P9, P15
     assert not same(fit(package, adam), whole)
 
 
-@pytest.mark.parametrize("kind", ["initial", "mapping"])
-@pytest.mark.parametrize("name", ["SGD", "RMSProp", "Adam", "QHAdam", "Larc", "Lamb", "ranger"])
+OF_FASTAI = [("SGD", "mapping"), ("Adam", "initial"), ("Larc", "initial"), ("Lamb", "mapping")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*OF_FASTAI, ("ranger", "initial")])
 def test_fastai(name, kind):  # P15
-    optimizer = pytest.importorskip("fastai.optimizer")
+    from fastai import optimizer
     from fastai_helpers import DecayByHand, learner
 
     from wd_callbacks.fastai import DecoupledWD

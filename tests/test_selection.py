@@ -106,32 +106,6 @@ def test_the_words_may_match_nothing(word):
     assert excluded(word, model=nn.Sequential(nn.Linear(2, 2, bias=False))) == set()
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("haed.*", r"haed\.\*.*head\.bias"),
-        ("norms", "'norms'.*'norm'"),
-        ("torch.nn.Conv2d", "torch.nn.Conv2d"),
-        (nn.Conv2d, "torch.nn.*Conv2d"),
-        (lambda name, p: False, "function"),
-    ],
-)
-def test_an_entry_that_matches_nothing_is_an_error(entry, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        excluded(entry)
-
-
-@pytest.mark.parametrize("entry", [3, None, 0.1, {"bias": True}, ["bias"]])
-def test_a_wrong_entry(entry):  # P10
-    with pytest.raises(TypeError, match=r"exclude.*'bias'"):
-        excluded(entry)
-
-
-def test_a_predicate_s_own_error_names_the_parameter():
-    with pytest.raises(IndexError, match=r"out of range .*predicate.*param"):
-        excluded(lambda name, p: p.shape[1] > 2)
-
-
 def test_tied_parameters_have_several_names():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
     model["head"].weight = model["embed"].weight
@@ -218,20 +192,6 @@ def test_excludes_by_the_model_of_each_adapter(adapter, exclude, expected):  # P
     model = network()
     run(adapter, {"wd": 0.5, "exclude": exclude}, model, loss=no_loss)
     assert decayed(model) == expected
-
-
-@each_adapter
-def test_an_entry_is_checked_before_a_weight_changes(adapter):  # P10
-    model = network()
-    with pytest.raises(ValueError, match=r"heads\.\*"):
-        run(adapter, {"wd": 0.5, "exclude": ["heads.*"]}, model, loss=no_loss)
-    assert decayed(model) == []
-
-
-def test_a_plain_loop_needs_the_model():  # P10
-    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"exclude.*model"):
-        DecoupledWD(optimizer, 0.5, exclude="bias")
 
 
 def plain_decay(**arguments):
