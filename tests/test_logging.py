@@ -55,31 +55,22 @@ def test_plot_sched_draws_it():
 # Lightning
 
 
-def logged(package, decay, make=adam, *callbacks, model=None, **settings):
-    """The notes on the decay of a fit, the same in both of its loggers."""
+LOGGED = {  # batches per step, steps per note, the steps noted, all steps
+    "every step": (1, 1, range(12), 12),
+    "every fifth": (1, 5, [4, 9], 12),
+    "accumulating": (3, 1, range(4), 4),
+    "accumulating, every second": (2, 2, range(1, 6, 2), 6),
+    "accumulating, every third": (2, 3, range(2, 6, 3), 6),
+}
+
+
+@pytest.mark.parametrize(("window", "interval", "steps", "total"), LOGGED.values(), ids=LOGGED)
+def test_every_logger_has_what_each_step_used(package, window, interval, steps, total):
     loggers = [notes_logger(package) for _ in range(2)]
-    settings = {"log_every_n_steps": 1, **settings}
-    fit(package, make, decay, *callbacks, logger=loggers, model=model, **settings)
-    first, second = (
-        [(metrics, step) for metrics, step in logger.notes if any("wd-" in key for key in metrics)]
-        for logger in loggers
-    )
-    assert first == second
-    return first
-
-
-@pytest.mark.parametrize(
-    ("settings", "steps", "total"),
-    [
-        ({}, range(12), 12),
-        ({"accumulate_grad_batches": 3}, range(4), 4),
-        ({"accumulate_grad_batches": 2, "log_every_n_steps": 2}, range(1, 6, 2), 6),
-        ({"accumulate_grad_batches": 2, "log_every_n_steps": 3}, range(2, 6, 3), 6),
-        ({"log_every_n_steps": 5}, [4, 9], 12),
-    ],
-)
-def test_lightning_logs_what_each_step_used(package, settings, steps, total):
-    notes = logged(package, LightningWD(Linear(0.6, 0)), **settings)
+    settings = {"accumulate_grad_batches": window, "log_every_n_steps": interval}
+    fit(package, adam, LightningWD(Linear(0.6, 0)), logger=loggers, **settings)
+    notes, others = ([it for it in logger.notes if "wd-Adam" in it[0]] for logger in loggers)
+    assert notes == others
     assert [step for _, step in notes] == list(steps)
     used = [metrics["wd-Adam"] for metrics, _ in notes]
     assert used == pytest.approx([0.6 * (1 - step / total) for step in steps])

@@ -114,9 +114,7 @@ def test_a_step_allocates_no_memory_but_for_numbers(dtype):  # P11
     assert largest(lambda: params_of(optimizer)[0].data * 2) >= 4096  # it would be seen
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("max_lr", [LR, None], ids=["max_lr", "no max_lr"])
 @pytest.mark.parametrize("source", ["number", "tensor lr", "found_inf", "both"])
 def test_a_device_is_never_asked_for_a_value(source, max_lr, dtype):  # P11
@@ -154,8 +152,7 @@ def test_replaced_data_is_freed(quantum):  # P11
     assert storage() is None
 
 
-@pytest.mark.parametrize("quantum", [0, QUANTUM])
-@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "removed"])
+@pytest.mark.parametrize(("quantum", "replaced"), [(0, True), (QUANTUM, False)])
 def test_parameters_that_have_left_are_freed(quantum, replaced):  # P11
     params = [parameter(5) for _ in range(3)]
     optimizer = SGD(params, lr=LR)

@@ -1,6 +1,7 @@
 """Norms by other names: compared with the rules of Hugging Face's Trainer and of timm."""
 
 import re
+from fnmatch import fnmatch
 
 import pytest
 import timm
@@ -20,9 +21,15 @@ SMALL = {
 
 # Gated norms, norms with other names, and the usual ones.
 ARCHITECTURES = [
-    "bert", "gpt2", "llama", "gemma2", "qwen3_next", "zamba2", "bamba", "mamba2", "falcon_mamba",
-    "t5", "olmo2", "vit", "convnext", "rwkv", "granitemoehybrid", "nemotron_h",
-]  # fmt: skip
+    "bert",
+    "llama",
+    "qwen3_next",
+    "zamba2",
+    "mamba2",
+    "convnext",
+    "rwkv",
+    "nemotron_h",
+]
 
 
 def small(config_class):
@@ -70,44 +77,26 @@ def test_norms_that_the_trainer_spares_are_norms(name):
     assert {each for each in spared - ours if is_norm(each, model)} == set()
 
 
-class RmsNormAct2d(nn.Module):  # of timm
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-
-
-def renamed(name):
-    return type(name, (RmsNormAct2d,), {})
-
-
 NAMES = [
-    "Qwen3NextRMSNormGated", "Zamba2RMSNormGated", "MambaRMSNormGated", "KimiRMSNormGated",
-    "FusedRMSNormGated", "RmsNormAct2d", "LayerNormAct2d", "BatchNormAct2d", "GroupNormAct",
-    "LlamaRMSNorm", "T5LayerNorm", "SimpleNorm", "RmsNorm2d", "LayerNormFp32", "CohereLayerNorm",
-    "FrozenBatchNorm2d", "EvoNorm2dS0", "FilterResponseNormTlu2d",
+    "Qwen3NextRMSNormGated", "Zamba2RMSNormGated", "KimiRMSNormGated", "FusedRMSNormGated",
+    "RmsNormAct2d", "LayerNormAct2d", "BatchNormAct2d", "GroupNormAct", "LlamaRMSNorm",
+    "T5LayerNorm", "SimpleNorm", "RmsNorm2d", "LayerNormFp32", "FrozenBatchNorm2d", "EvoNorm2dS0",
+    "FilterResponseNormTlu2d",
 ]  # fmt: skip
+OTHER_NAMES = ["NormalizedLinear", "WeightNormLinear", "Normalizer", "Enormous"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_norm_is_known_by_the_name_of_its_class(name):
-    model = nn.ModuleDict({"it": renamed(name)(), "other": nn.Linear(2, 2)})
-    assert excluded(model, ["norm"]) == {"it.weight"}
-
-
-@pytest.mark.parametrize("name", ["NormalizedLinear", "WeightNormLinear", "Normalizer", "Enormous"])
-def test_a_class_that_only_sounds_like_a_norm_is_none(name):
-    model = nn.ModuleDict({"it": renamed(name)(), "other": nn.LayerNorm(2)})
-    assert "it.weight" not in excluded(model, ["norm"])
+def test_a_norm_is_known_by_the_name_of_its_class():
+    """A class that only sounds like a norm is none."""
+    kinds = {name: type(name, (nn.Linear,), {}) for name in [*NAMES, *OTHER_NAMES]}
+    model = nn.ModuleDict({name: kind(1, 1, bias=False) for name, kind in kinds.items()})
+    assert excluded(model, ["norm"]) == {f"{name}.weight" for name in NAMES}
 
 
 TIMM = [
     "resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
-    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto", "efficientnet_b0",
-    "mobilenetv3_small_050", "regnety_002", "mixer_s32_224", "resmlp_12_224", "cait_xxs24_224",
-    "beit_base_patch16_224", "eva02_tiny_patch14_224", "poolformer_s12", "poolformerv2_s12",
-    "maxvit_rmlp_pico_rw_256", "levit_128s", "crossvit_tiny_240", "pit_ti_224", "nfnet_f0",
-    "densenet121", "ghostnet_050", "mobilevit_xxs", "fastvit_t8", "hiera_tiny_224",
-    "tiny_vit_5m_224", "vit_relpos_small_patch16_224", "gmlp_s16_224", "davit_tiny",
+    "swin_tiny_patch4_window7_224", "convnext_atto", "beit_base_patch16_224", "levit_128s",
+    "nfnet_f0", "hiera_tiny_224", "tiny_vit_5m_224", "vit_relpos_small_patch16_224", "davit_tiny",
 ]  # fmt: skip
 
 
@@ -122,10 +111,8 @@ def test_vector_and_marked_are_timm_s_rule(name):
     assert excluded(model, ["vector", "marked"]) == theirs
 
 
-@pytest.mark.parametrize("marks", [["0.w*"], ("*.bias",), {"?.weight"}, ["[01].weight", "1.bias"]])
+@pytest.mark.parametrize("marks", [["0.w*"], ("*.bias",), {"?.weight"}, ["[01].weight"]], ids=str)
 def test_no_weight_decay_may_give_globs(marks):
-    from fnmatch import fnmatch
-
     class Marked(nn.Sequential):
         def no_weight_decay(self):
             return marks
