@@ -194,6 +194,14 @@ def test_deferred_decay_is_applied_as_in_one_process(ends):  # P2, P8, P12
 
 
 @gloo
+def test_fsdp2_decays_towards_a_full_state_dict(ends):  # P12, P15
+    for end in ends("fsdp2_anchored"):
+        assert equal(end["ours"], end["alone"])
+        assert not equal(end["ours"], end["start"])
+        assert "give anchor a mapping" in end["refused"]
+
+
+@gloo
 def test_fsdp1_resumed_by_its_own_state_and_by_that_of_process_0(ends):  # P9, P12
     first, second = ends("fsdp1_resumed")
     assert first["state"] == second["state"]

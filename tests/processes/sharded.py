@@ -188,6 +188,28 @@ def fsdp2_deferred():
 
 
 @scenario
+def fsdp2_anchored():
+    """Towards a full state_dict, against a model that is not sharded; initial weights raise."""
+    anchor = {name: value + 0.5 for name, value in network().state_dict().items()}
+
+    def decayed(model, anchor=anchor):
+        optimizer = Adam(model.parameters(), lr=LR)
+        DecoupledWD(optimizer, WD, anchor=anchor, model=model, quantum=0)
+        for index in range(6):
+            (model(batch_of(index)[0]).sum() * 0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return whole(model)
+
+    try:
+        decayed(sharded(), "initial")
+    except ValueError as error:
+        refused = str(error)
+    ends = {"ours": decayed(sharded()), "alone": decayed(network()), "start": whole(network())}
+    return {**ends, "refused": refused}
+
+
+@scenario
 def fsdp2_beside_plain_tensors():
     """A unit of FSDP2 and parameters that are nowhere sharded, in one param group."""
 
