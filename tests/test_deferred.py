@@ -118,6 +118,24 @@ def test_half_precision_decays_faithfully_where_only_the_device_knows(dtype):  #
     assert torch.equal(p.data, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantum")
+@pytest.mark.parametrize("large", [0.04, 0.3, 0.9])
+def test_a_quantum_of_0_applies_all_that_is_deferred_at_once(large):  # P8, P4
+    _, optimizer = one_weight()
+    decay = DecoupledWD(optimizer, 0.1, quantum=0.99)
+    for lr in torch.linspace(1, 0, 9)[:-1].tolist():
+        optimizer.param_groups[0]["lr"] = large * lr
+        optimizer.step()
+        p, fresh = one_weight(lr=1e-3)
+        resumed = DecoupledWD(fresh, 0.1, quantum=0)
+        resumed.load_state_dict(decay.state_dict())
+        fresh.step()
+        assert deferred(resumed) == [0.0]
+        before = p.detach().clone()
+        fresh.step()
+        assert torch.equal(p.detach(), before.mul(1 - 1e-3 * 0.1))
+
+
 @pytest.mark.filterwarnings("ignore:.*(quantum|wd) was")
 def test_a_bfloat16_weight_applies_enough_under_a_smaller_quantum():  # P8, P9
     _, optimizer = one_weight(torch.bfloat16)
