@@ -6,14 +6,13 @@ More of them, at random: ``HYPOTHESIS_PROFILE=deep pytest -n 0 tests/test_schedu
 from __future__ import annotations
 
 import math
-import pickle
 
 import pytest
 import torch
 from adapters import BATCHES, each_adapter, run
 from fastai.callback.training import GradientAccumulation
 from fastai_helpers import Trace, learner
-from helpers import fuzz, parameter
+from helpers import fuzz, parameter, pickled
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lightning_helpers import LR, adam, fit
@@ -42,9 +41,10 @@ def tent(p):
     return 2 * p if p < 0.5 else 2 - 2 * p
 
 
-def short(value):
-    """Part of a test's name."""
-    return None if callable(value) and not hasattr(value, "__dataclass_fields__") else repr(value)
+def by_schedule(rows):
+    return pytest.mark.parametrize(
+        ("schedule", "expected"), rows, ids=[repr(schedule) for schedule, _ in rows]
+    )
 
 
 CLOSED_FORMS = [
@@ -68,28 +68,36 @@ CLOSED_FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "formula"), CLOSED_FORMS, ids=short)
-def test_closed_forms(schedule, formula):
+def check_copies(schedule):
+    """Checks that it is frozen, and equals what its text and its pickle make."""
+    assert eval(repr(schedule), vars(schedules)) == pickled(schedule) == schedule
+    assert schedule != Linear(0.123, 0.456)
+    with pytest.raises(AttributeError):
+        schedule.start = 0
+
+
+@by_schedule(CLOSED_FORMS)
+def test_a_schedule_follows_its_closed_form_also_in_a_loop(schedule, expected):  # P6
     for point in POINTS:
-        assert schedule(point) == pytest.approx(formula(point), rel=1e-9, abs=1e-8)
+        assert schedule(point) == pytest.approx(expected(point), rel=1e-9, abs=1e-8)
     assert schedule(-1) == schedule(0)  # clamped at both ends
     assert schedule(7) == schedule(1)
+    values = [expected(i / 12) for i in range(12)]
+    assert used(schedule, 12, total_steps=12) == pytest.approx(values, abs=1e-8)
+    check_copies(schedule)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "start", "end"),
-    [
-        (Linear(0.1, 0.3), 0.1, 0.3),
-        (Cosine(0.1, 0.3), 0.1, 0.3),
-        (Exponential(0.1, 0.3), 0.1, 0.3),
-        (Polynomial(0.1, 0.3, 2), 0.1, 0.3),
-        (Restarts(Cosine(0.1, 0.3), 7), 0.1, 0.3),
-        (Join([(0.1, Linear(0.1, 0.7))] * 10), 0.1, 0.7),
-    ],
-)
-def test_the_ends_are_exact(schedule, start, end):
-    assert schedule(0) == start
-    assert schedule(1) == end
+def test_schedules_that_depend_on_the_run_print_compare_and_pickle():
+    for schedule in (Normalized(0.05), Timescale(epochs=3), Timescale(steps=100)):
+        check_copies(schedule)
+        check_copies(Restarts(schedule, 3, mult=2))
+
+
+def test_the_ends_are_exact():
+    for schedule in (Linear(0.1, 0.3), Cosine(0.1, 0.3), Exponential(0.1, 0.3)):
+        assert (schedule(0), schedule(1)) == (0.1, 0.3)
+        assert Restarts(schedule, 7)(1) == Join([(0.1, schedule)] * 10)(1) == 0.3
+    assert Polynomial(0.1, 0.3, 2)(1) == 0.3
 
 
 def test_ten_tenths_join_and_each_piece_starts_at_its_own_start():
@@ -99,25 +107,7 @@ def test_ten_tenths_join_and_each_piece_starts_at_its_own_start():
         assert schedule((i + 1) / 10 - 1e-6) == pytest.approx(i + 0.5, abs=1e-4)
 
 
-EVERY = [schedule for schedule, _ in CLOSED_FORMS] + [
-    Normalized(0.05),
-    Timescale(epochs=3),
-    Timescale(steps=100),
-    Restarts(Normalized(0.05), 3, mult=2),
-]
-
-
-@pytest.mark.parametrize("schedule", EVERY, ids=short)
-def test_they_print_compare_and_pickle(schedule):
-    assert eval(repr(schedule), vars(schedules)) == schedule
-    assert pickle.loads(pickle.dumps(schedule)) == schedule
-    assert schedule != Linear(0.123, 0.456)
-    with pytest.raises(AttributeError):  # frozen
-        schedule.start = 0
-
-
 # Schedules drawn as trees: a class and its arguments
-
 
 valid = st.floats(0, 2) | st.floats(0, 1.7e308) | st.sampled_from([0, 1, 5e-324, 0.1])
 invalid = (
@@ -201,7 +191,7 @@ def test_fuzz_schedules(tree, points):  # P10
     if not callable(schedule):
         return
     low, high = min(bounds(schedule)), max(bounds(schedule))
-    copies = pickle.loads(pickle.dumps(schedule)), eval(repr(schedule), vars(schedules))
+    copies = pickled(schedule), eval(repr(schedule), vars(schedules))
     assert all(each == schedule for each in copies)
     for progress in (0, 0.25, 1 / 3, 0.5, 1 - 1e-10, 1, *points):
         value = schedule(progress)
@@ -226,26 +216,18 @@ def used(wd, steps=1, lr=0.1, **arguments):
     return coefficients
 
 
-@pytest.mark.parametrize(("schedule", "formula"), CLOSED_FORMS, ids=short)
-def test_a_plain_loop_uses_them(schedule, formula):  # P6
-    expected = [formula(i / 12) for i in range(12)]
-    assert used(schedule, 12, total_steps=12) == pytest.approx(expected, abs=1e-8)
+PAUSE = (0.5, Steps({0: 0}))
+NORMALIZED = [
+    (Normalized(0.5), [0.1] * 25),
+    (Restarts(Normalized(0.6), 2, mult=3), [0.6 / 2] * 4 + [0.6 / math.sqrt(12)] * 12),
+    (Join([PAUSE, (0.5, Normalized(0.4))]), [0] * 8 + [0.1] * 8),
+    (Join([PAUSE, (0.5, Restarts(Normalized(0.4), 2))]), [0] * 8 + [0.2] * 8),
+]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "steps", "expected"),
-    [
-        (Normalized(0.5), 25, [0.1] * 25),
-        (Restarts(Normalized(0.6), 2, mult=3), 16, [0.6 / 2] * 4 + [0.6 / math.sqrt(12)] * 12),
-        (Join([(0.5, Steps({0: 0})), (0.5, Normalized(0.4))]), 16, [0] * 8 + [0.1] * 8),
-        (
-            Join([(0.5, Steps({0: 0})), (0.5, Restarts(Normalized(0.4), 2))]),
-            16,
-            [0] * 8 + [0.2] * 8,
-        ),
-    ],
-)
-def test_normalized_divides_by_the_root_of_the_steps(schedule, steps, expected):
+@by_schedule(NORMALIZED)
+def test_normalized_divides_by_the_root_of_the_steps(schedule, expected):
+    steps = len(expected)
     assert used(schedule, steps, total_steps=steps) == pytest.approx(expected)
 
 
@@ -259,10 +241,8 @@ def test_timescale_shrinks_by_one_over_the_steps_at_the_peak(scale_by):
 
 
 def test_timescale_takes_each_group_s_own_peak():
-    groups = [
-        {"params": [parameter(2, 2)], "lr": 0.1},
-        {"params": [parameter(2, 2)], "max_lr": 0.4},
-    ]
+    first, second = [parameter(2, 2)], [parameter(2, 2)]
+    groups = [{"params": first, "lr": 0.1}, {"params": second, "max_lr": 0.4}]
     optimizer = torch.optim.SGD(groups, lr=0.2)
     decay = DecoupledWD(optimizer, Timescale(steps=100))
     optimizer.step()
@@ -283,9 +263,8 @@ def test_every_adapter_counts_the_steps_of_a_run(adapter):  # P6
         assert coefficients == [pytest.approx(expected)]
 
 
-@pytest.mark.parametrize("batches", [4, 3])
-def test_fastai_counts_the_steps_with_accumulation(batches):  # P6
-    per_epoch = 8 / batches
+def test_fastai_counts_the_steps_with_accumulation():  # P6
+    batches, per_epoch = 3, 8 / 3
     for wd, expected in [
         (Normalized(0.6), 0.6 / math.sqrt(6 * per_epoch)),
         (Timescale(epochs=2), 1 / (2 * per_epoch * 1e-2)),
@@ -296,7 +275,7 @@ def test_fastai_counts_the_steps_with_accumulation(batches):  # P6
         assert trace.coefficients == [[pytest.approx(expected)]] * int(6 * per_epoch)
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4}, {"max_steps": 5}])
+@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 4}, {"max_steps": 5}], ids=str)
 def test_lightning_counts_the_steps_of_a_run(package, settings):  # P6
     per_epoch = math.ceil(6 / settings.get("accumulate_grad_batches", 1))
     steps = settings.get("max_steps", 2 * per_epoch)
