@@ -68,7 +68,7 @@ def follow(anchor: Tensor, p: Tensor) -> Tensor:
     """Return ``anchor`` on the device, in the dtype and with the sharding of ``p``."""
     anchor = anchor.to(device=p.device, dtype=p.dtype)
     if hasattr(p, "device_mesh") and not hasattr(anchor, "device_mesh"):
-        from torch.distributed import tensor as distributed
+        from torch.distributed import _tensor as sharding  # public since torch 2.5
 
-        return distributed.distribute_tensor(anchor, p.device_mesh, p.placements)  # type: ignore
+        return sharding.distribute_tensor(anchor, p.device_mesh, p.placements)  # type: ignore
     return anchor

@@ -140,7 +140,8 @@ class Decay:
             layout.rules[index].add_due(shrinks[index].amount, is_known)
         if layout.watched:
             self._check_lrs()
-        if layout.anchors and not all(layout.rules[index].is_known for index in layout.active):
+        is_rounded = layout.anchors and self._cautious is None
+        if is_rounded and not all(layout.rules[index].is_known for index in layout.active):
             self.warn(
                 "only the device knows each step (lr in a device tensor, or a fused optimizer "
                 "under a GradScaler), so that each is applied at once: weights near their anchor "

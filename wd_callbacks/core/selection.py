@@ -139,7 +139,8 @@ class Selection:
             for p, each in names.items()
             if not is_lazy(p)
         }
-        for what, matches in (("exclude", excluded), ("a key of wd", keyed)):
+        decaying = {p: each for p, each in keyed.items() if p in found and found[p].exclude is None}
+        for what, matches in (("exclude", excluded), ("a key of wd", decaying)):
             self._warn_if_tied_differ(what, matches, names)
         self._named = found
         _LAST_SEARCHES[model] = seen, found
