@@ -218,30 +218,27 @@ def test_an_invalid_argument_is_refused_by_its_name(argument, value, error, patt
     assert hooks_of(optimizer) == []
 
 
-def lr_of(value, **arguments):
+def groups_have(key, value, **arguments):
+    """Returns what sets it in all groups, or deletes it if ``value`` is None."""
+
     def prepare(model, optimizer):
         for group in optimizer.param_groups:
-            group["lr"] = value
+            group[key] = value
+            if value is None:
+                del group[key]
         return arguments
 
     return prepare
 
 
-def no_lr(model, optimizer):
-    for group in optimizer.param_groups:
-        del group["lr"]
-    return {}
-
-
-def no_own_wd(model, optimizer):
-    for group in optimizer.param_groups:
-        del group["weight_decay"]
-    return {"wd": None}
-
-
 def one_group(model, optimizer):
     del optimizer.param_groups[1]
     return {"wd": [0.1, 0.2]}
+
+
+def lr_is_none(model, optimizer):
+    optimizer.param_groups[1]["lr"] = None
+    return {"scale_by": "lr_ratio"}
 
 
 def in_half_precision(model, optimizer):
@@ -256,42 +253,36 @@ def marks_without_names(model, optimizer):
 
 AT_WEIGHT = r"in the predicate.*at parameter '0\.weight'"
 SCALE_BY_NONE = "scale_by='none', or a callable"
+NAMED = {"0.weight": torch.ones(3, 3)}
+EPOCH, NO_LENGTH = {"steps_per_epoch": 10}, {"total_steps": None, "progress": lambda: 0.0}
 TOGETHER = {  # arguments, or what returns them for a model and its optimizer
     "a schedule": ({"wd": Linear(0, 1), "total_steps": None}, ValueError, "total_steps.*progress"),
     "exclude, no model": ({"exclude": "bias", "model": None}, ValueError, "exclude.*give model"),
     "keys, no model": ({"wd": {"*": WD}, "model": None}, ValueError, "wd.*give model"),
-    "anchors, no model": (
-        {"anchor": {"0.weight": torch.ones(3, 3)}, "model": None},
-        ValueError,
-        "anchor.*give model",
-    ),
+    "anchors, no model": ({"anchor": NAMED, "model": None}, ValueError, "anchor.*give model"),
     "cautious, half": (in_half_precision, ValueError, "cautious.*bfloat16"),  # P16
-    "cautious, quantum": (
-        {"cautious": True, "quantum": 0.1},
-        ValueError,
-        r"cautious.*quantum=0\.1",
-    ),
+    "cautious, quantum": ({"cautious": True, "quantum": 0.1}, ValueError, "cautious.*quantum=0"),
     "no_weight_decay()": (marks_without_names, TypeError, r"no_weight_decay\(\).*None"),
     "a predicate raises": ({"exclude": raises}, LookupError, f"of the user.*{AT_WEIGHT}"),
     "a predicate of one": ({"exclude": lambda name: 1}, TypeError, f"positional.*{AT_WEIGHT}"),
-    "no lr": (no_lr, ValueError, f"scale_by='lr'.*no 'lr'.*{SCALE_BY_NONE}"),
-    "lr=None": (lr_of(None, scale_by="lr_ratio"), ValueError, f"lr=None.*{SCALE_BY_NONE}"),
-    "no own wd": (no_own_wd, ValueError, "wd=None.*none"),
+    "no lr": (groups_have("lr", None), ValueError, f"scale_by='lr'.*no 'lr'.*{SCALE_BY_NONE}"),
+    "lr=None": (lr_is_none, ValueError, f"lr=None.*{SCALE_BY_NONE}"),
+    "no own wd": (groups_have("weight_decay", None, wd=None), ValueError, "wd=None.*none"),
     "one group": (one_group, ValueError, "has 1 param group[^s]"),
-    "lr 0, ratio": (lr_of(0.0, scale_by="lr_ratio"), ValueError, "group 0.*lr_ratio.*max_lr"),
-    "lr 0, Timescale": (lr_of(0.0, wd=Timescale(steps=9)), ValueError, "steps=9.*max_lr"),
+    "lr 0, ratio": (
+        groups_have("lr", 0.0, scale_by="lr_ratio"),
+        ValueError,
+        "group 0.*lr_ratio.*max_lr",
+    ),
+    "lr 0, Timescale": (
+        groups_have("lr", 0.0, wd=Timescale(steps=9)),
+        ValueError,
+        "steps=9.*max_lr",
+    ),
     "Timescale, callable": ({"wd": Timescale(steps=9), "scale_by": len}, ValueError, "callable"),
     "Timescale, no epochs": ({"wd": Timescale(epochs=3)}, ValueError, "steps_per_epoch"),
-    "Timescale, short": (
-        {"wd": Timescale(epochs=0.5), "steps_per_epoch": 2},
-        ValueError,
-        "Timescale.*above 1, got 1",
-    ),
-    "Normalized": (
-        {"wd": Normalized(0.5), "total_steps": None, "progress": lambda: 0.0},
-        ValueError,
-        "Normalized.*total_steps",
-    ),
+    "Timescale, short": ({"wd": Timescale(epochs=0.1), **EPOCH}, ValueError, "above 1, got 1"),
+    "Normalized": ({"wd": Normalized(1), **NO_LENGTH}, ValueError, "Normalized.*total_steps"),
 }
 
 
@@ -344,22 +335,19 @@ def frozen(group):
     group["params"][0].requires_grad_(False).grad = None
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda group: group["params"].clear(), id="empty"),
-        pytest.param(frozen, id="frozen"),
-        pytest.param(lambda group: group.update(max_lr=None), id="max_lr is not used"),
-        pytest.param(lambda group: group.update(weight_decay=-math.inf), id="own is not used"),
-    ],
-)
-def test_odd_groups_are_accepted(change, recwarn):  # P2
-    optimizer = only_decays(weight_decay=INNER_WD)
-    change(optimizer.param_groups[0])
-    DecoupledWD(optimizer, 0.5)
-    optimizer.step()
-    for p in params_of(optimizer):
-        assert torch.equal(p, torch.full_like(p, 1 if p.grad is None else 0.95))
+def test_odd_groups_are_accepted(recwarn):  # P2
+    for change in (
+        frozen,
+        lambda group: group["params"].clear(),
+        lambda group: group.update(max_lr=None),  # not used
+        lambda group: group.update(weight_decay=-math.inf),  # not used
+    ):
+        optimizer = only_decays(weight_decay=INNER_WD)
+        change(optimizer.param_groups[0])
+        DecoupledWD(optimizer, 0.5)
+        optimizer.step()
+        for p in params_of(optimizer):
+            assert torch.equal(p, torch.full_like(p, 1 if p.grad is None else 0.95))
     assert not recwarn.list
 
 
@@ -376,7 +364,7 @@ def new_group(model, optimizer):
     optimizer.add_param_group({"params": list(model[2].parameters())})
 
 
-def new_group_without_a_layer(model, optimizer):
+def new_without_old(model, optimizer):
     new_group(model, optimizer)
     model[0] = nn.Identity()
 
@@ -395,23 +383,19 @@ AT_A_STEP = {  # arguments, steps before, what changes then, error, pattern
     "shrink": ({"wd": 15.0}, 0, None, ValueError, f"{FIRST}1\\.5.*lr 0\\.1.*wd 15.*'lr'"),
     "of a group": ({"wd": [WD, 20]}, 0, None, ValueError, f"{SECOND} 2,.*wd 20"),
     "shrink of 1": ({"wd": 1.0, "scale_by": "none"}, 0, None, ValueError, f"{FIRST}wd 1,.*'none'"),
-    "scale": ({"scale_by": lambda group: -1.0}, 0, None, ValueError, f"{FIRST}-0\\.1"),
     "schedule": ({"wd": [WD, nan_later]}, 2, None, ValueError, r"wd\[1\].*nan_later.*s 0\.5 .*nan"),
     "schedule raises": ({"wd": raises}, 0, None, LookupError, "of the user"),
-    "schedule of none": ({"wd": lambda: 0.1}, 0, None, TypeError, "positional argument"),
-    "a module": ({"wd": nn.Linear(1, 1)}, 0, None, TypeError, "must be Tensor"),
     "progress": ({"progress": raises}, 0, None, LookupError, "of the user"),
-    "progress of one": ({"progress": lambda step: 1}, 0, None, TypeError, "positional argument"),
     "lr": ({}, 2, groups_are(lr=20.0), ValueError, f"{SECOND} 2,.*lr 20\\.0.*wd 0\\.1.*'lr'"),
     "own wd": ({}, 0, groups_are(weight_decay=None), TypeError, f"{SECOND}weight_decay.*None"),
     "values": ({"wd": [WD, WD]}, 2, new_group, ValueError, "wd has 2 values.*3 param groups"),
     "predicate": ({"exclude": raises_for_the_new}, 2, new_group, LookupError, "of the user"),
     "entry": (
-        {"exclude": ["*.bias", "0.weight"]},
+        {"exclude": ["*.bias", "0.*t"]},
         2,
-        new_group_without_a_layer,
+        new_without_old,
         ValueError,
-        "exclude.*0.weight.*matches no parameter",
+        "exclude.*0.\\*t.*no p",
     ),
 }
 
@@ -435,47 +419,23 @@ def test_a_step_is_refused_before_a_weight_changes(arguments, steps, change, err
     assert torch.equal(params_of(optimizer)[1], before * (1 - 0.1 * INNER_WD))
 
 
-class Given:
-    """Numbers that come from the user's code, at a step."""
-
-    value = 0.3
-
-
-def sources(given):
-    """Arguments that read ``given``, by what the message calls it."""
-    return {
-        "wd": {"wd": lambda progress: given.value},
-        "wd[1]": {"wd": [WD, lambda progress: given.value]},
-        "wd['1.*']": {"wd": {"1.*": lambda progress: given.value, "*": WD}},
-        "scale_by": {"scale_by": lambda group: given.value},
-        "progress": {"wd": Linear(WD, WD), "progress": lambda: given.value},
-        "lr": {},
-        "weight_decay": {"wd": None},
-        "max_lr": {"scale_by": "lr_ratio"},
-        "initial_lr": {"scale_by": "lr_squared"},
-    }
-
-
 class Sourced:
     """A plain loop that takes one number from the user's code."""
 
+    value = 0.3
+
     def __init__(self, source, steps):
-        self.source, self.given = source, Given()
+        self.source = source
         self.model, self.optimizer = start()
         self.give(0.3)
-        arguments = {
-            "wd": WD,
-            "model": self.model,
-            "total_steps": 40,
-            **sources(self.given)[source],
-        }
-        self.decay = DecoupledWD(self.optimizer, **arguments)
+        arguments = {"wd": WD, "total_steps": 40, **SOURCES[source](self)}
+        self.decay = DecoupledWD(self.optimizer, model=self.model, **arguments)
         self.make(steps)
 
     def give(self, value):
         if self.source in ("lr", "weight_decay", "max_lr", "initial_lr"):
             self.optimizer.param_groups[1][self.source] = value
-        self.given.value = value
+        self.value = value
 
     def make(self, steps):
         for _ in range(steps):
@@ -488,11 +448,22 @@ class Sourced:
         return comparable(params_of(self.optimizer)), comparable(self.decay.state_dict())
 
 
+SOURCES = {  # arguments that read the number, by what the message calls it
+    "wd": lambda run: {"wd": lambda progress: run.value},
+    "wd[1]": lambda run: {"wd": [WD, lambda progress: run.value]},
+    "wd['1.*']": lambda run: {"wd": {"1.*": lambda progress: run.value, "*": WD}},
+    "scale_by": lambda run: {"scale_by": lambda group: run.value},
+    "progress": lambda run: {"wd": Linear(WD, WD), "progress": lambda: run.value},
+    "lr": lambda run: {},
+    "weight_decay": lambda run: {"wd": None},
+    "max_lr": lambda run: {"scale_by": "lr_ratio"},
+    "initial_lr": lambda run: {"scale_by": "lr_squared"},
+}
 NOT_NUMBERS = ["0.1", torch.ones(2), True, None]
 NOT_COEFFICIENTS = [math.nan, torch.tensor(math.inf), -0.1]
 
 
-@pytest.mark.parametrize("source", sources(None))
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_refused_value_is_as_if_it_never_was(source):  # P6, P10
     """With the value mended, the run goes on as one that never had it."""
     is_max_lr = source.endswith("_lr")  # read once, and None if it is unknown
@@ -504,9 +475,7 @@ def test_a_refused_value_is_as_if_it_never_was(source):  # P6, P10
             run = Sourced(source, steps)
             run.give(value)
             is_number = error is ValueError
-            shown = (
-                rf"{float(value):g}|{0.1 * float(value):g}" if is_number else re.escape(repr(value))
-            )
+            shown = f"{float(value):g}|{value / 10:g}" if is_number else re.escape(repr(value))
             name = "max_lr|peak learning rate" if is_max_lr and is_number else re.escape(source)
             with refused(run.optimizer, error, shown) as found:
                 run.optimizer.step(*[lambda: None] if steps else [])
@@ -902,21 +871,18 @@ def test_a_state_for_groups_that_are_refused_changes_nothing():  # P9, P10
     assert decay.state_dict() == before
 
 
-def of_0_1_0(done):
-    return lambda state: {**{k: v for k, v in state.items() if k != "position"}, "done": done}
+def of_0_1_0(state):
+    return {**{key: value for key, value in state.items() if key != "position"}, "done": "1"}
 
 
 LIGHTNING_STATES = {
     "none": (lambda state: None, r"optimizers \[0\]"),
-    "a list": (lambda state: [], r"optimizers \[0\]"),
     "a key": (lambda state: {"0": state}, r"optimizers \[0\].*'0'"),
     "of two": (lambda state: {0: state, 1: state}, r"optimizers \[0\].*1: "),
     "nothing": (lambda state: {0: {}}, "lacks steps, total_steps, length"),
     "plain": (lambda state: {0: {**other_state(), "position": 0.1, "length": 9}}, "parameters"),
     "position": (lambda state: {0: {**state, "position": math.nan}}, "position cannot be nan"),
-    "position, bool": (lambda state: {0: {**state, "position": True}}, "position cannot be True"),
-    "0.1.0, no done": (lambda state: {0: {**of_0_1_0(0)(state), "done": -1}}, "done cannot be -1"),
-    "0.1.0, text": (lambda state: {0: of_0_1_0("1")(state)}, "done cannot be '1'"),
+    "of 0.1.0": (lambda state: {0: of_0_1_0(state)}, "done cannot be '1'"),
 }
 
 
@@ -1016,43 +982,6 @@ def test_fuzz_states(data):  # P8, P9, P10
         assert comparable(params_of(optimizer)) == weights
         for _ in range(4):
             check_a_step(optimizer, decay)
-
-
-@given(
-    st.lists(st.floats(0, 12) | st.floats() | st.floats(0, 2e-5), min_size=1, max_size=8),
-    st.sampled_from([0, None, 0.05]),
-)
-@fuzz
-def test_fuzz_coefficients(values, quantum):  # P8, P10
-    """Each step decays by its coefficient, or is refused before a weight has changed."""
-    optimizer = only_decays()
-    count, step = len(values), 0
-    decay = DecoupledWD(
-        optimizer,
-        lambda progress: values[min(round(progress * count), count - 1)],
-        progress=lambda: step / count,
-        quantum=quantum,
-    )
-    params = params_of(optimizer)
-    expected, due = torch.ones(3, dtype=torch.float64), 0.0
-    for step, wd in enumerate(values):
-        before = comparable(params)
-        if 0 <= wd < math.inf and 0.1 * wd < 1:
-            optimizer.step()
-            expected *= 1 - 0.1 * wd
-            due -= math.log1p(-0.1 * wd)
-        else:
-            is_number = 0 <= wd < math.inf
-            shown = f"group 0.*{0.1 * wd:g}" if is_number else f"progress {step / count:g} .*{wd}"
-            with pytest.raises(ValueError, match=shown.replace("+", r"\+")):
-                optimizer.step()
-            assert comparable(params) == before
-        for p, owed in zip(params, deferred(decay) or [0.0] * 2):
-            if quantum == 0:
-                assert torch.equal(p, expected)
-            limit = -math.log1p(-(2.0**-20 if quantum is None else quantum))
-            assert 0 <= owed <= limit * (1 + 1e-12)
-            assert p[0].item() == pytest.approx(math.exp(owed - due), rel=1e-12)
 
 
 # Schedules
