@@ -16,7 +16,6 @@ from fastai.optimizer import (
     Larc,
     Lookahead,
     Optimizer,
-    OptimWrapper,
     QHAdam,
     RAdam,
     RMSProp,
@@ -249,19 +248,6 @@ def test_wrapped_optimizers_equal_the_hand_written_loop(name):
     by_hand = fitted(wrapped(opt, **options), DecayByHand(), **kwargs)
     assert different(by_hand, fitted(wrapped(opt, **own, **options), FastaiWD(WD), **kwargs)) == []
     assert different(by_hand, fitted(wrapped(opt, **options), **kwargs))
-
-
-def test_a_built_optimizer():
-    # P4, P3
-    def learn_with(opt, **options):
-        model = learner().model
-        return learner(OptimWrapper(opt=opt(model.parameters(), **options)), model=model)
-
-    ours, own = learn_with(torch.optim.Adam, weight_decay=INNER_WD), learn_with(torch.optim.Adam)
-    ours.fit(2, cbs=FastaiWD(WD))
-    own.fit(2, cbs=DecayByHand())
-    assert different(state(ours), state(own)) == []
-    assert ours.opt.opt.param_groups[0]["weight_decay"] == INNER_WD
 
 
 def test_the_plain_decay_serves_an_optim_wrapper():  # P5

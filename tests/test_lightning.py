@@ -6,9 +6,7 @@ import copy
 import signal
 from functools import partial
 
-import lightning.pytorch
 import pytest
-import pytorch_lightning
 import torch
 from helpers import INNER_WD, Positions, hooks_of, same, weights
 from lightning_helpers import (
@@ -35,11 +33,6 @@ from wd_callbacks.lightning import DecoupledWD
 def optimizer_of(model):
     """The torch optimizer of a model that was trained."""
     return model.trainer.optimizers[0]
-
-
-def test_is_a_callback_of_both_packages():
-    for package in (pytorch_lightning, lightning.pytorch):
-        assert isinstance(DecoupledWD(0.1), package.Callback)
 
 
 # Several optimizers, and groups that come later
@@ -99,21 +92,6 @@ def test_refuses_what_does_not_fit_the_optimizers(package, callbacks, message): 
         trainer.fit(module, loader(2))
     assert all(map(torch.equal, before, weights(module)))
     assert [hooks_of(optimizer) for optimizer in trainer.optimizers] == [[], []]
-
-
-def test_a_group_added_during_training_decays(package):  # P5
-    class Adds(package.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                group = {"params": list(pl_module.head.parameters()), "lr": 2 * LR}
-                trainer.optimizers[0].add_param_group(group)
-
-    def make(kind, wd):
-        return lambda module: kind(module.backbone.parameters(), lr=LR, weight_decay=wd)
-
-    ours = fit(package, make(Adam, INNER_WD), DecoupledWD(WD, quantum=0), Adds(), epochs=3)
-    assert same(ours, fit(package, make(AdamW, WD), Adds(), epochs=3))
-    assert not same(ours, fit(package, make(AdamW, 0), Adds(), epochs=3))
 
 
 # Other callbacks
@@ -459,8 +437,3 @@ def test_refuses_an_unknown_max_lr_before_training(package):  # P3, P10
     with pytest.raises(ValueError, match="max_lr"):
         trainer.fit(module, loader(2))
     assert hooks_of(optimizer_of(module)) == []
-
-
-def test_two_of_a_kind_are_refused(package):  # P10
-    with pytest.raises((RuntimeError, ValueError), match="DecoupledWD"):
-        fit(package, adam, DecoupledWD(0.1), DecoupledWD(0.2))

@@ -204,13 +204,6 @@ def plain(value):
     return value is None or type(value) in (int, float, str, bool)
 
 
-def test_the_state_holds_plain_numbers():
-    run = Run(ARGUMENTS["deferred by schedule"])
-    run.train(0, 7)
-    assert plain(run.decay.state_dict())
-    assert any(deferred(run.decay))
-
-
 # A description of the resumed run
 
 

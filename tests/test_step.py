@@ -163,7 +163,11 @@ def test_post_hooks_of_others_find_the_user_s_weight_decay():  # P3
 def test_a_weight_decay_that_is_set_during_a_step_is_kept_and_warns_once():  # P3
     _, optimizer = one_weight()
     DecoupledWD(optimizer, 0.1)
-    optimizer.register_step_pre_hook(lambda it, *_: it.param_groups[0].update(weight_decay=0.2))
+    values = iter([0.0, 0.2, 0.2])
+    optimizer.register_step_pre_hook(
+        lambda it, *_: it.param_groups[0].update(weight_decay=next(values))
+    )
+    optimizer.step()  # 0 acts on nothing
     with pytest.warns(UserWarning, match="set in a param group") as records:
         optimizer.step()
         optimizer.step()
