@@ -5,6 +5,7 @@ Lightning modules and Trainers are in ``lightning_helpers.py``, Learners in ``fa
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import pickle
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import Phase, settings
-from reference.loops import decay_by_hand
+from reference.loops import decays_by_hand
+from reference.steps import make_steps
 from torch import nn
 
 INNER_WD = 0.37
@@ -335,45 +337,17 @@ class Case:
         model = self.model(options.pop("dtype", torch.float32))
         own = {} if wd is None or not self.has_wd else {"weight_decay": wd}
         optimizer = self.build(model.parameters(), **own, **options)
-        attached = decay(optimizer) if decay else None
-        for step in range(steps):
-            hand_decay = HandDecay(optimizer, by_hand)
+        groups = copy.deepcopy([{**it, "params": []} for it in optimizer.param_groups])
+        if by_hand is not None:
+            decays_by_hand(optimizer, by_hand)
+        if decay:
+            decay(optimizer)
 
-            def evaluate(step=step, hand_decay=hand_decay):
-                optimizer.zero_grad()
-                loss = self.loss(model, step)
-                loss.backward()
-                hand_decay.after_backward()
-                return loss
+        def check(step):
+            assert [{**it, "params": []} for it in optimizer.param_groups] == groups  # P3
 
-            if closure or self.needs_closure:
-                hand_decay.before_closure()
-                optimizer.step(evaluate)
-            else:
-                evaluate()
-                optimizer.step()
-            if attached is not None and self.has_wd:
-                assert [g["weight_decay"] for g in optimizer.param_groups] == [INNER_WD]  # P3
+        make_steps(self, model, optimizer, range(steps), after=check, closure=closure)
         return flat(model), optimizer
-
-
-class HandDecay:
-    """One hand-written decay: of LBFGS before the first evaluation, of others after it (P1)."""
-
-    def __init__(self, optimizer, wd):
-        self.optimizer, self.wd = optimizer, wd
-
-    def before_closure(self):
-        if self.wd is not None and isinstance(self.optimizer, torch.optim.LBFGS):
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    p.data.mul_(1 - group["lr"] * self.wd)
-            self.wd = None
-
-    def after_backward(self):
-        if self.wd is not None:
-            decay_by_hand(self.optimizer.param_groups, self.wd)
-            self.wd = None
 
 
 def _cases() -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -42,7 +43,6 @@ from helpers import (
     ADAMW,
     INNER_WD,
     Climber,
-    HandDecay,
     batch_of,
     every_optimizer,
     network,
@@ -61,6 +61,7 @@ from lightning_helpers import (
     half_precision,
     one_cycle,
 )
+from reference.loops import decays_by_hand
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -269,22 +270,22 @@ class WithClosure(Callback):
     def __init__(self, wd, own):
         self.by_hand, self.own = wd, own
 
+    def before_train(self):
+        if self.epoch == 0:
+            decays_by_hand(self.opt.opt, self.by_hand)
+
     def before_step(self):
         evaluations = []
-        hand_decay = HandDecay(self.opt.opt, self.by_hand)
 
         @torch.enable_grad()
         def closure():
             [hypers] = self.opt.hypers
             assert hypers.get("wd", self.own) == self.own
             self.opt.zero_grad()
-            loss = self.loss_func(self.model(*self.xb), *self.yb)
-            loss.backward()
-            hand_decay.after_backward()
-            evaluations.append(loss)
-            return loss
+            evaluations.append(self.loss_func(self.model(*self.xb), *self.yb))
+            evaluations[-1].backward()
+            return evaluations[-1]
 
-        hand_decay.before_closure()
         self.opt.step(closure)
         assert len(evaluations) > 1
         raise CancelStepException
@@ -430,19 +431,16 @@ def test_sgd_and_lbfgs_in_lightning(package, cls, settings, manual):  # P1, P4, 
     ours = fit(package, make, LightningWD(WD, quantum=0), model=model)
     net, evaluations = network(), []
     optimizer = cls(net.parameters(), **settings)
-    for epoch, index in ((e, i) for e in range(2) for i in range(6)):
-        hand_decay = HandDecay(optimizer, WD)
+    decays_by_hand(optimizer, WD)
+    for position in itertools.product(range(2), range(6)):
 
-        def closure(epoch=epoch, index=index, hand_decay=hand_decay):
+        def closure(position=position):
             optimizer.zero_grad()
-            x, y = batch_of(epoch, index)
-            loss = mse_loss(net(x), y)
-            loss.backward()
-            hand_decay.after_backward()
-            evaluations.append(loss)
-            return loss
+            x, y = batch_of(*position)
+            evaluations.append(mse_loss(net(x), y))
+            evaluations[-1].backward()
+            return evaluations[-1]
 
-        hand_decay.before_closure()
         optimizer.step(closure)
     assert same(ours, net)
     assert (len(evaluations) > 12) == (cls is torch.optim.LBFGS)
