@@ -71,7 +71,8 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         cautious: If True, only elements decay that the update moves towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+            added up. None: `2**-20`, for float16 `2**-8`, for bfloat16 `2**-6`. 0:
+            apply every step.
         verbose: If True, print `describe()` when the fit starts to train, on rank zero.
 
     Raises:
@@ -112,7 +113,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         if self.config.maps_optimizers:
             raise TypeError(
                 f"wd maps optimizer indices, got {self.config!r}, but a Learner has one optimizer: "
-                f"give its wd itself"
+                f"pass the wd of that one"
             )
         self._attached: Any = None  # in the fit that is running, or in the last one
         self._optimizer: Any = None  # held until the fit ends, also if it is replaced
@@ -206,7 +207,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             frame = frame.f_back
         if frame is not None and frame.f_locals["self"] is not self.learn:
             raise ValueError(
-                "this DecoupledWD was given to another Learner since: give each Learner its own"
+                "this DecoupledWD was passed to another Learner since: build one per Learner"
             )
 
     def _done(self, batches: int) -> float:
@@ -438,8 +439,8 @@ def _compatibility(opt: Any) -> list[str]:
     """Return what a user should know of a fastai optimizer when its `wd` is 0."""
     cbs = [cb.func if isinstance(cb, functools.partial) else cb for cb in opt.cbs]
     return [
-        f"`{cb.__name__}` of this optimizer takes `wd` into its update, and DecoupledWD sets it to "
-        f"0 meanwhile: only the decay itself is replaced"
+        f"`{cb.__name__}` of this optimizer uses `wd` in its update, where DecoupledWD sets `wd` "
+        f"to 0: to keep that use, leave DecoupledWD out and pass `wd` to the optimizer"
         for cb in cbs
         if cb not in (weight_decay, l2_reg) and "wd" in signature(cb).parameters
     ]

@@ -276,7 +276,8 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         cautious: If True, only elements decay that the update moves towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
+            ``2**-6``. 0: apply every step.
         verbose: If True, print ``describe()`` when training starts, on rank zero.
         optimizers: The index or indices of the Trainer's optimizers to act on; None for all.
 
@@ -359,8 +360,8 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             others = [cb for cb in caller.f_locals["callbacks"] if isinstance(cb, _CLASS)]
             if sum(cb.optimizers == self.optimizers for cb in others) > 1:
                 raise ValueError(
-                    "this Trainer has two DecoupledWD for the same optimizers, which decay twice: "
-                    "merge them, or give each its own optimizers="
+                    "this Trainer has two DecoupledWD for the same optimizers, which would decay "
+                    "twice: merge them, or pass different optimizers= to each"
                 )
         return self._state_key
 
@@ -370,8 +371,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             return
         if self._is_busy_elsewhere(trainer):
             raise ValueError(
-                "this DecoupledWD is in the middle of another Trainer's fit: give each Trainer a "
-                "DecoupledWD of its own"
+                "this DecoupledWD is in the middle of another Trainer's fit: build one per Trainer"
             )
         self.detach()
         self._max_epochs, self._trainer = trainer.max_epochs, weakref.ref(trainer)
@@ -396,7 +396,9 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         count = self._count = len(trainer.optimizers)
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
-            raise ValueError(f"optimizers={indices!r}, but the Trainer has {count} optimizers")
+            raise ValueError(
+                f"optimizers={indices!r}, but the Trainer has {count} optimizers: indices start at 0"
+            )
         if not isinstance(self._loaded, Mapping) or not set(self._loaded) <= set(indices):
             raise ValueError(
                 f"{NOT_A_STATE} for the optimizers {list(indices)}: {reprlib.repr(self._loaded)}"
@@ -404,9 +406,9 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         run = _Run(trainer, self._max_epochs, pl_module.automatic_optimization)
         if self.config.is_scheduled and not run.is_finite():
             raise ValueError(
-                "wd is a schedule, which needs the length of the run, and this one has none: give "
-                "the Trainer max_epochs with limit_train_batches or a loader that has a length, or "
-                "max_steps"
+                "wd is a schedule, which needs the length of the run, and this run has none. Pass "
+                "the Trainer max_epochs, with limit_train_batches or a loader that has a length, "
+                "or pass it max_steps"
             )
         self._run = run
         configs = [self.config.of_optimizer(index, list(indices)) for index in indices]
@@ -603,5 +605,5 @@ def _indices(optimizers: Any) -> tuple[int, ...] | None:
             f"{optimizers!r}"
         )
     if len(set(indices)) != len(indices):
-        raise ValueError(f"optimizers names one twice: {optimizers!r}")
+        raise ValueError(f"optimizers has an index twice: {optimizers!r}")
     return indices

@@ -263,13 +263,13 @@ class Restarts:
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
-            raise TypeError(f"Restarts: schedule must be a schedule, got {self.schedule!r}")
+            raise TypeError(f"Restarts: schedule must be a callable from progress, got {self.schedule!r}")
         check_count("Restarts: cycles", self.cycles)
         _check(self, "mult", above=0)
         if self.cycles > 10**6 or self.cycles * abs(math.log(self.mult)) > 500:
             raise ValueError(
-                f"Restarts: {self.cycles} cycles are too many for mult {self.mult!r}, as the "
-                f"shortest would be next to nothing"
+                f"Restarts: {self.cycles} cycles are too many for mult {self.mult!r}, because the "
+                f"shortest would hardly last: use fewer cycles"
             )
         object.__setattr__(self, "cycles", int(self.cycles))
 
@@ -316,7 +316,7 @@ class _Resolvable:
 
     def __call__(self, progress: float) -> float:
         """Raise TypeError: there is no value before training starts."""
-        raise TypeError(f"{self!r} has no value before it is resolved, when training starts")
+        raise TypeError(f"{self!r} depends on the run and has no value before training starts")
 
     def resolved(self, run: Run) -> Linear:
         """Return the coefficient in ``run``, as a constant schedule."""
@@ -351,8 +351,8 @@ class Normalized(_Resolvable):
         steps = run.steps if run.cycle_steps is None else run.cycle_steps
         if steps is None:
             raise ValueError(
-                f"{self!r} needs the number of steps of the run, which is not known: in a plain "
-                f"loop give total_steps, in Lightning max_steps"
+                f"{self!r} needs the number of steps of the run, which is not known: pass "
+                f"total_steps in a plain loop, max_steps in Lightning"
             )
         return _constant(self.wd_norm / math.sqrt(steps))
 
@@ -382,7 +382,7 @@ class Timescale(_Resolvable):
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("Timescale: give epochs or steps, one of the two")
+            raise ValueError("Timescale: pass either epochs or steps")
         name, least = ("steps", 1) if self.epochs is None else ("epochs", 0)
         _check(self, name, above=least)
 
@@ -396,15 +396,15 @@ class Timescale(_Resolvable):
         """Return the coefficient in ``run``, as a constant schedule."""
         if run.peak_scale is None:
             raise ValueError(
-                f"{self!r} needs the peak learning rate, which is not known: give max_lr; with a "
-                f"callable scale_by, give wd a number"
+                f"{self!r} needs the peak learning rate, which is not known: pass max_lr or, if "
+                f"scale_by is a callable, a number as wd"
             )
         steps = self.steps
         if self.epochs is not None:
             if run.steps_per_epoch is None:
                 raise ValueError(
-                    f"{self!r} needs the number of steps of an epoch, which is not known: give "
-                    f"steps instead of epochs, or in a plain loop steps_per_epoch"
+                    f"{self!r} needs the number of steps of an epoch, which is not known: pass "
+                    f"steps instead of epochs, or steps_per_epoch in a plain loop"
                 )
             steps = self.epochs * run.steps_per_epoch
             check_number(f"Timescale: the steps of {self.epochs!r} epochs", steps, above=1)

@@ -60,7 +60,8 @@ class DecoupledWD(Adapter):
         cautious: If True, only elements decay that the update moves towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
+            ``2**-6``. 0: apply every step.
         verbose: If True, print ``describe()`` at the first step, on rank zero.
         model: The model that names the parameters.
         total_steps: Number of calls of ``optimizer.step`` in the run; a schedule needs it.
@@ -110,14 +111,14 @@ class DecoupledWD(Adapter):
         if self.config.maps_optimizers:
             raise TypeError(
                 f"wd maps optimizer indices, got {self.config!r}, but a plain loop attaches one "
-                f"DecoupledWD to each optimizer: give each its own wd"
+                f"DecoupledWD to each optimizer: pass each the wd of its optimizer"
             )
         if self.config.is_scheduled and total_steps is None and progress is None:
             raise ValueError(
-                "wd is a schedule, which needs the length of the run: give total_steps, or progress"
+                "wd is a schedule, which needs the length of the run: pass total_steps or progress"
             )
         if self.config.anchor not in (None, "initial") and model is None:
-            raise ValueError("anchor needs the names of the parameters: give model")
+            raise ValueError("anchor needs the names of the parameters: pass model")
         self.total_steps = None if total_steps is None else int(total_steps)
         self.progress = progress
         self._owned: Optimizer | None = None  # by a copy
@@ -238,8 +239,8 @@ def _position(total_steps: int | None, progress: Callable[[], float] | None, dec
         return 0.0
     if decay.steps >= total_steps:
         decay.warn(
-            f"the run has made the {total_steps} steps of total_steps and goes on, so that "
-            f"schedules stay at their end: give the number of optimizer steps, not less",
+            f"the run makes more than the {total_steps} steps of total_steps, so the coefficient "
+            f"stays at the end of its schedule: pass the number of optimizer steps of the run",
             once="total_steps",
         )
     return min(decay.steps / total_steps, 1.0)
@@ -254,9 +255,9 @@ def _start(attached: Attached) -> None:
     needs_state = config.anchor == "initial" or (config.is_scheduled and decay.setup.run.steps)
     if needs_state and decay.steps == 0 and _has_stepped(attached.optimizer):
         decay.warn(
-            "the optimizer has made steps already, and this DecoupledWD starts anew, at the "
-            "beginning of its schedule and with the present weights as initial ones: to resume, "
-            "call load_state_dict with the saved state of the DecoupledWD"
+            "the optimizer has stepped already, but this DecoupledWD is new: a schedule starts at "
+            "its beginning, and anchor='initial' takes the current weights. To resume, call "
+            "load_state_dict with the saved state of the DecoupledWD"
         )
 
 

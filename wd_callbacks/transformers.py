@@ -70,7 +70,8 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         cautious: If True, only elements decay that the update moves towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: 2**-20, for float16 2**-8, for bfloat16 2**-6. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
+            ``2**-6``. 0: apply every step.
         verbose: If True, print ``describe()`` when training starts, in the main process.
 
     Raises:
@@ -100,7 +101,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         if self.config.maps_optimizers:
             raise TypeError(
                 f"wd maps optimizer indices, got {self.config!r}, but a Trainer has one optimizer: "
-                f"give its wd itself"
+                f"pass the wd of that one"
             )
         self._attached: Any = None
         self._optimizer: Any = None  # held until training ends, also if it is replaced
@@ -136,8 +137,8 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         """Attach to the optimizer, and go on from a checkpoint's state."""
         if len(_running_trainers()) > 1 and self._attached and self._attached.is_attached:
             raise ValueError(
-                "this DecoupledWD is in the middle of another Trainer's training: give each "
-                "Trainer a DecoupledWD of its own"
+                "this DecoupledWD is in the middle of another Trainer's training: build one per "
+                "Trainer"
             )
         handler = sys._getframe(1).f_locals["self"]
         self._stand_before_reporters(handler)
@@ -322,8 +323,9 @@ def _anchors_file(state: TrainerState) -> str:
         if os.path.isfile(path):
             return path
     raise ValueError(
-        f"anchor='initial' needs {ANCHORS_FILE} of the checkpoint, and {folders} lack it: resume "
-        f"from a checkpoint that was saved with anchor='initial', or give anchor a mapping"
+        f"anchor='initial' needs the file {ANCHORS_FILE} of the checkpoint, which is not in "
+        f"{folders}: resume from a checkpoint that was saved with anchor='initial', or pass a "
+        f"mapping as anchor"
     )
 
 

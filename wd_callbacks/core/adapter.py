@@ -29,8 +29,9 @@ class Adapter:
         """Raise for an argument: the values in force were checked when it was built."""
         if name in Config.__dataclass_fields__:
             raise AttributeError(
-                f"{name} is fixed when DecoupledWD is built: to change the coefficient during "
-                f"training give wd a schedule, or None and set each group's own weight decay"
+                f"{name} is fixed when DecoupledWD is built. To change the coefficient during "
+                f"training, pass a schedule as wd, or pass wd=None and set the weight decay of "
+                f"each param group"
             )
         super().__setattr__(name, value)
 
@@ -41,8 +42,8 @@ class Adapter:
         if name in FOREIGN:
             module = type(self).__module__
             raise TypeError(
-                f"this is DecoupledWD of {module}: here use wd_callbacks.{FOREIGN[name]}, with the "
-                f"same arguments"
+                f"this is the DecoupledWD of {module}, which would never decay here: import "
+                f"DecoupledWD from wd_callbacks.{FOREIGN[name]}"
             )
         if name in CLEANUP:
             return lambda *args, **kwargs: None

@@ -41,16 +41,16 @@ class Anchors:
         """Raise ValueError if ``p`` cannot decay towards its anchor."""
         if self._is_initial and hasattr(p, "device_mesh"):
             raise ValueError(
-                "anchor='initial' cannot be saved with sharded weights (DTensor): give anchor a "
-                "mapping, such as the full state_dict() from before sharding"
+                "anchor='initial' cannot be saved with sharded weights (DTensor): pass a mapping "
+                "as anchor, such as the full state_dict() from before sharding"
             )
         name = self.key(names)
         if name is None or is_lazy(p) or self._named[name].shape == p.shape:
             return
         raise ValueError(
-            f"anchor[{name!r}] has shape {tuple(self._named[name].shape)} and the parameter "
-            f"{tuple(p.shape)}: leave the entry out, so that the parameter decays towards 0, or "
-            f"exclude the parameter"
+            f"anchor[{name!r}] has shape {tuple(self._named[name].shape)}, but the parameter has "
+            f"shape {tuple(p.shape)}: leave this entry out, and the parameter decays towards 0, "
+            f"or exclude the parameter"
         )
 
     def check_names(self, names: Sequence[str]) -> None:
@@ -59,8 +59,8 @@ class Anchors:
             first = next(iter(self._named))
             near = difflib.get_close_matches(first, names, n=3, cutoff=0)
             raise ValueError(
-                f"anchor names no parameter of the model: it has {first!r}, and the model has "
-                f"{', '.join(map(repr, near))}. Give it the model's names"
+                f"anchor names no parameter of the model: it has {first!r}, and the nearest names "
+                f"of the model are {', '.join(map(repr, near))}. Use the model's names"
             )
 
 

@@ -109,8 +109,8 @@ class Attached:
         optimizer = self._optimizer()
         if optimizer is None:
             raise ValueError(
-                "the optimizer of this DecoupledWD is gone, and what it has deferred with it: call "
-                "describe() and state_dict() before the optimizer is deleted"
+                "the optimizer of this DecoupledWD is gone, and the state of the decay with it: "
+                "call describe() and state_dict() before you delete the optimizer"
             )
         return optimizer
 

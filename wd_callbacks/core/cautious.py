@@ -71,9 +71,9 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for half precision."""
     if dtype in HALF:
         raise ValueError(
-            f"cautious=True needs weights in float32 or float64, and these are {dtype}: rounding "
-            f"hides most updates in half precision. Use cautious=False, or keep float32 weights "
-            f"(autocast does)"
+            f"cautious=True needs weights in float32 or float64, got {dtype}: half precision "
+            f"rounds most updates away. Keep the weights in float32 (autocast does), or leave "
+            f"cautious out"
         )
 
 

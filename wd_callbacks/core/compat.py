@@ -66,8 +66,8 @@ def check_hooks(optimizer: Any) -> None:
     ):
         inner = _inner_name(optimizer)
         raise ValueError(
-            f"{name} never runs step hooks, because it does not call "
-            f"torch.optim.Optimizer.__init__: "
+            f"{name} never runs step hooks, so nothing would decay (it does not call "
+            f"torch.optim.Optimizer.__init__): "
             + (f"attach to its {inner!r}" if inner else "call super().__init__ in its __init__")
         )
 
@@ -100,7 +100,7 @@ def _torch_warnings(optimizer: Optimizer) -> list[str]:
     if not isinstance(optimizer, torch.optim.ASGD) or lambd is None:
         return []
     return [
-        f"ASGD decays its weights by itself (lambd={lambd}), so that they decay twice: pass "
+        f"ASGD decays its weights by itself (lambd={lambd}), so they decay twice: pass "
         f"lambd=0 to ASGD"
     ]
 
@@ -294,7 +294,7 @@ def _warnings(toy: Toy, follows_lr: bool) -> Iterator[str]:
     if _decays_by_itself(toy.simulation.toy(LR)):
         yield (
             f"{name} decays its weights even at weight_decay=0, which DecoupledWD sets during "
-            f"step, so that they decay twice: turn that decay off in the arguments of {name}, or "
+            f"step, so they decay twice: turn that decay off in the arguments of {name}, or "
             f"pass a smaller wd"
         )
     if any(wd_key(group) is not None for group in groups):
@@ -373,7 +373,7 @@ def _other_scale(name: str, rate: float, doubled_rate: float) -> str:
         instead = f"scale_by='lr_squared' and max_lr={max_lr:.3g}"
     else:
         scale = f"{rate / (LR * WD):.3g} * lr * wd"
-        instead = "a callable from the param group to a number as scale_by"
+        instead = "as scale_by a callable from the param group to a number"
     return (
         f"{name}'s own weight decay shrinks weights by {scale} in a step, but DecoupledWD by "
         f"lr * wd: pass {instead} to keep that scale"

@@ -90,7 +90,7 @@ class Config:
             raise ValueError(f"quantum must be below 1, got {self.quantum!r}")
         if self.cautious and self.quantum > 0:
             raise ValueError(
-                f"cautious=True applies every step and defers nothing, so that quantum="
+                f"cautious=True applies every step and defers nothing, so quantum="
                 f"{self.quantum!r} has no meaning: leave quantum out"
             )
 
@@ -113,7 +113,7 @@ class Config:
         if not self.maps_optimizers:
             return self
         if sorted(self.wd) != sorted(indices):
-            remedy = f": give optimizers={sorted(self.wd)}" if set(self.wd) < set(indices) else ""
+            remedy = f": pass optimizers={sorted(self.wd)}" if set(self.wd) < set(indices) else ""
             raise ValueError(
                 f"wd has entries for the optimizers {sorted(self.wd)}, expected one for each of "
                 f"{sorted(indices)}{remedy}"
@@ -171,13 +171,13 @@ class Config:
             if is_sequence(value) and len(value) != len(groups):
                 raise ValueError(
                     f"{name} has {len(value)} values, but the optimizer has {len(groups)} param "
-                    f"group{'s' * (len(groups) != 1)}: give one value per group, or a single one "
+                    f"group{'s' * (len(groups) != 1)}: pass one value per group, or a single one "
                     f"for all"
                 )
         if self.wd is None and all(wd_key(group) is None for group in groups):
             raise ValueError(
                 "wd=None takes each param group's own weight decay, but this optimizer has none: "
-                "give wd a number or a schedule"
+                "pass a number or a schedule as wd"
             )
         for index, group in enumerate(groups):
             scale = of_group(self.scale_by, index)
@@ -185,7 +185,7 @@ class Config:
                 found = "lr=None" if "lr" in group else "no 'lr'"
                 raise ValueError(
                     f"scale_by={scale!r} needs a learning rate, but param group {index} has "
-                    f"{found}: give scale_by='none', or a callable from the param group to its "
+                    f"{found}: pass scale_by='none', or a callable from the param group to its "
                     f"real learning rate"
                 )
 
@@ -228,7 +228,7 @@ def _copied(anchor: Any) -> Any:
         if not isinstance(value, Tensor):
             raise TypeError(f"anchor[{name!r}] is {shown(value)}, expected a tensor")
     if not tensors:
-        raise ValueError("anchor names no parameter, as it has no tensors: leave anchor out")
+        raise ValueError("anchor names no parameter: it has no tensors. Leave anchor out")
     # A state_dict() shares memory with the weights that are about to be trained.
     return {name: value.detach().clone() for name, value in tensors.items()}
 
@@ -257,7 +257,7 @@ def _check_wd(name: str, wd: Any) -> None:
             check_each(name, wd, _check_coefficient)
         return
     if not wd:
-        raise ValueError(f"{name} is an empty mapping, expected an entry")
+        raise ValueError(f"{name} is an empty mapping, expected at least one entry")
     indices = [key for key in wd if isinstance(key, int)]
     if indices and len(indices) < len(wd):
         raise TypeError(

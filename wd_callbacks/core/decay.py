@@ -127,9 +127,9 @@ class Decay:
         for rule in self.layout.rules:
             if rule.is_guess and rule.uses_max_lr and 0 < 4 * rule.highest_lr < (rule.max_lr or 0):
                 self.warn(
-                    f"param group {rule.group}: lr has been {rule.highest_lr:g} at most, and "
-                    f"max_lr is {rule.max_lr:g}, a guess from the group, so that {rule.effect} "
-                    f"decays less than it says: give max_lr",
+                    f"param group {rule.group}: lr was at most {rule.highest_lr:g}, far below "
+                    f"max_lr {rule.max_lr:g}, a guess from the group. So {rule.effect} decays less "
+                    f"than it says: pass max_lr",
                     once=("low max_lr", rule.group),
                 )
 
@@ -143,9 +143,9 @@ class Decay:
         is_rounded = layout.anchors and self._cautious is None
         if is_rounded and not all(layout.rules[index].is_known for index in layout.active):
             self.warn(
-                "only the device knows each step (lr in a device tensor, or a fused optimizer "
-                "under a GradScaler), so that each is applied at once: weights near their anchor "
-                "move by less than is due. Keep lr a number, or use a foreach optimizer"
+                "only the device knows each step (lr is a device tensor, or a fused optimizer runs "
+                "under a GradScaler), so every step is applied at once, and weights near their "
+                "anchor move by less than is due: keep lr a number, or use a foreach optimizer"
             )
         if not layout.params:
             self._count_without_gradient()
@@ -158,9 +158,9 @@ class Decay:
         for rule in self.layout.watched:
             if rule.highest_lr > (rule.max_lr or math.inf) * (1 + 1e-6):  # schedulers round
                 self.warn(
-                    f"param group {rule.group}: lr / max_lr exceeds 1 (lr {rule.highest_lr:g}, "
-                    f"max_lr {rule.max_lr:g}{', a guess from the group' * rule.is_guess}), so that "
-                    f"{rule.effect} decays more than it says: give max_lr",
+                    f"param group {rule.group}: lr exceeds max_lr (lr {rule.highest_lr:g}, "
+                    f"max_lr {rule.max_lr:g}{', a guess from the group' * rule.is_guess}), so "
+                    f"{rule.effect} decays more than it says: pass the peak of lr as max_lr",
                     once=("high max_lr", rule.group),
                 )
         if self.progress >= 0.5:
@@ -171,8 +171,8 @@ class Decay:
         if self._without_gradient == NO_GRADIENT_STEPS:
             self.warn(
                 f"none of the optimizer's parameters had a gradient in {NO_GRADIENT_STEPS} steps "
-                f"in a row, so that nothing decays: attach to the optimizer that updates the "
-                f"weights (with updates inside backward, one DecoupledWD for each optimizer)"
+                f"in a row, so nothing decays: attach to the optimizer that updates the weights. "
+                f"If several optimizers step inside backward, attach one DecoupledWD to each"
             )
 
     def _check_start(self, groups: Sequence[Group]) -> None:
@@ -187,8 +187,8 @@ class Decay:
         if not active or (is_zero and not self.setup.schedules_own_wd):
             self.warn(
                 "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
-                "matched by no key of wd, or in a group whose own weight decay, which wd=None "
-                "takes, is 0. Print describe(parameters=True) to see which"
+                "matched by no key of wd, or (with wd=None) in a group whose own weight decay is 0. "
+                "Print describe(parameters=True) to see which"
             )
 
     def _check_capture(self, layout: Layout, shrinks: Sequence[Shrink]) -> None:
@@ -197,15 +197,15 @@ class Decay:
             return
         if self.setup.config.is_scheduled:
             raise ValueError(
-                "a CUDA graph would replay the coefficient that it captures, but wd is a schedule: "
-                "capture the steps without the optimizer's, or give wd a number"
+                "a CUDA graph replays the coefficient that it captured, but wd is a schedule: leave "
+                "optimizer.step out of the graph, or pass a number as wd"
             )
         for bucket in layout.buckets():
             amount = shrinks[bucket.rule].amount
             if not isinstance(amount, Tensor) and 0 < amount < bucket.precision.quantum:
                 raise ValueError(
-                    f"a CUDA graph cannot defer a shrink of {amount:g}, below the quantum: "
-                    f"give quantum=0, or keep lr in a tensor on the device"
+                    f"a CUDA graph cannot defer a shrink, and {amount:g} is below the quantum: "
+                    f"pass quantum=0, or keep lr in a tensor on the device"
                 )
 
 

@@ -182,9 +182,9 @@ def check_groups(config: Config, groups: Sequence[Group], old: Layout) -> None:
     differ = config.is_scheduled or any(_treatment(rule) not in first for rule in old.rules)
     if len(groups) < len(old.groups) and differ:
         raise ValueError(
-            f"the optimizer has {len(groups)} param groups and had {len(old.groups)}, which decay "
-            f"differently. Groups are matched by index: removing one, or stepping one alone (as "
-            f"DeepSpeed's ZeRO does), is not supported"
+            f"the optimizer had {len(old.groups)} param groups and now has {len(groups)}. Groups "
+            f"are matched by index, so removing one, or stepping one alone (as DeepSpeed's ZeRO "
+            f"does), works only if all of them decay alike: pass one number as wd"
         )
     config.check_groups(groups)
 
@@ -209,8 +209,8 @@ def check_parameters(setup: Setup, groups: Sequence[Group], layout: Layout) -> N
     if any(vectors) and not all(vectors) and not setup.no_decay:
         setup.warn(
             f"param group {vectors.index(True)} holds only vectors (such as biases and norms), and "
-            f"they decay too, as every group's own weight decay is 0: if they should not, give "
-            f"exclude='vector', or give the other groups a weight decay above 0"
+            f"they decay too, because every group's own weight decay is 0: if they should not, "
+            f"pass exclude='vector', or set a weight decay above 0 in the other groups"
         )
 
 
@@ -257,9 +257,9 @@ def _warn_of_idle_keys(setup: Setup, rules: Sequence[Rule]) -> None:
         of_key = [rule.is_no_decay for rule in rules if rule.key == key]
         if of_key and all(of_key):
             setup.warn(
-                f"the key {key!r} of wd has no effect, as all of its parameters are in no-decay "
-                f"groups (weight decay 0 beside groups above 0): give these groups a weight decay "
-                f"above 0, or leave the key out"
+                f"the key {key!r} of wd has no effect: all of its parameters are in no-decay "
+                f"groups, which a mapping leaves alone. Leave the key out, or move these parameters "
+                f"to another param group"
             )
 
 
@@ -287,7 +287,7 @@ def _add(
     if p.grad is not None and p.grad.layout != torch.strided:
         setup.warn(
             "a parameter has a sparse gradient: the whole tensor decays, not only the rows that "
-            "the gradient touches"
+            "the gradient touches. If it should not decay, exclude it"
         )
     is_anchored = anchor is not None
     bucket = buckets.get((rule, key, is_anchored, deferred))

@@ -146,7 +146,7 @@ class Rule:
             error = ValueError(
                 f"param group {self.group}: a step would shrink its weights by {amount:g}, "
                 f"expected at least 0 and below 1 (lr {group.get('lr')}, wd {coefficient:g}, "
-                f"scale_by {self.scale_by!r}): lower one of them"
+                f"scale_by {self.scale_by!r}): change one of them"
             )
             vars(error)["diverges"] = amount >= 1  # which ends a search for a learning rate
             raise error
@@ -282,7 +282,7 @@ def _max_lr(
     if scale_by in RATIOS:
         raise ValueError(
             f"param group {index}: scale_by={scale_by!r} divides by the peak learning rate, which "
-            f"seems to be {max_lr}: give max_lr"
+            f"seems to be {max_lr}: pass max_lr"
         )
     return None, False
 

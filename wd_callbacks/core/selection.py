@@ -90,7 +90,7 @@ class Selection:
         self._has_warned = False
         for name, entries in (("exclude", exclude), ("wd", keys)):
             if model is None and any(entry != "vector" for entry in entries):
-                raise ValueError(f"{name} needs the names of the parameters: give model")
+                raise ValueError(f"{name} needs the names of the parameters: pass model")
         if exclude or keys:
             self._search()
 
@@ -171,8 +171,8 @@ class Selection:
             if differ and p not in self._named:
                 effect = "it does not decay" if what == "exclude" else "the first key counts"
                 self._warn(
-                    f"{what} matches a tied parameter by some of its names only, so that {effect}: "
-                    f"{', '.join(names[p])}"
+                    f"{what} matches a tied parameter by some of its names only, so {effect}. To "
+                    f"avoid doubt, match all of its names: {', '.join(names[p])}"
                 )
 
     def _nameless(self, p: Tensor) -> Selected:
@@ -192,9 +192,9 @@ class Selection:
             self._has_warned = True
             effect = "do not decay" if self._keys else "decay"
             self._warn(
-                f"the optimizer holds parameters that the model does not name, so that no entry "
-                f"of exclude or key of wd can match them, and they {effect}: give a model that "
-                f"holds them (flattened copies, as DeepSpeed makes them, have no names)"
+                f"the optimizer holds parameters that the model does not name. No name in exclude "
+                f"or wd matches them, and they {effect}: pass the model that holds them "
+                f"(DeepSpeed's flattened copies have no names)"
             )
 
 
@@ -210,7 +210,7 @@ def check_entry(what: str, entry: Any) -> None:
             f"{type(entry).__name__} without parentheses"
         )
     if not (isinstance(entry, str) or callable(entry)):
-        hint = ": give its name instead" if isinstance(entry, Tensor) else ""
+        hint = ": pass its name instead" if isinstance(entry, Tensor) else ""
         raise TypeError(
             f"{what} holds {shown(entry)} ({type(entry).__name__}), expected one of "
             f"{', '.join(map(repr, WORDS))}, a glob on parameter names, a module type or a "
@@ -318,7 +318,7 @@ def _is_marked(model: nn.Module) -> Match:
         if callable(names):
             found = names()
             if not isinstance(found, Iterable):
-                raise TypeError(f"no_weight_decay() of {type(module).__name__} returned {found!r}")
+                raise TypeError(f"no_weight_decay() of {type(module).__name__} returned {found!r}, expected names")
             globs = tuple(found)
             for name, p in module.named_parameters(remove_duplicate=False):
                 if any(fnmatch.fnmatchcase(name, glob) for glob in globs):

@@ -22,7 +22,7 @@ from wd_callbacks.core.groups import Group
 from wd_callbacks.core.layout import Layout, make_layout
 from wd_callbacks.core.rules import GroupState, Shrink
 
-NOT_A_STATE = "this is no state of a DecoupledWD"
+NOT_A_STATE = "this is not the state of a DecoupledWD"
 
 
 def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def changes(
     }
     pairs |= {name: pair for name, pair in lengths.items() if pair[0] != pair[1]}
     return [
-        f"{name} was {before} in the saved run and is {now} in this one, which goes on with its own"
+        f"{name} was {before} in the saved run and is {now} in this one: the new value counts"
         for name, (before, now) in pairs.items()
     ]
 
@@ -203,8 +203,8 @@ def check(state: Any, sizes: list[int]) -> None:
         saved = list(map(len, state[name]))
         if saved not in ([], sizes):
             raise ValueError(
-                f"the state is of param groups with {saved} parameters, the optimizer's have "
-                f"{sizes}"
+                f"the state is of param groups with {saved} parameters, but the optimizer's have "
+                f"{sizes}: build the optimizer as in the saved run"
             )
     _check_lengths(state)
 
@@ -223,7 +223,7 @@ def _check_lengths(state: Mapping[str, Any]) -> None:
     anchors = state.get("anchors", [])
     fits_groups = is_sequence(anchors) and len(anchors) in (0, owed)
     if not (fits_groups and all(len(a) == len(o) for a, o in zip(anchors, state["owed"]))):
-        raise ValueError(f"{NOT_A_STATE}: its anchors are not one for each parameter")
+        raise ValueError(f"{NOT_A_STATE}: it does not have one anchor per parameter")
 
 
 def check_entries(state: Any, **fits: Callable[[Any], bool]) -> None:

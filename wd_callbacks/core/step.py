@@ -123,14 +123,14 @@ class Step:
             self.decay.finish_()
         if not self.restore():
             self.decay.warn(
-                "a weight decay was set in a param group while the optimizer stepped, so that it "
-                "acts on top of DecoupledWD: set it before step"
+                "a weight decay was set in a param group while the optimizer stepped, so it acts "
+                "on top of DecoupledWD: set it before step"
             )
         if self._awaits_closure:
             self._awaits_closure = False
             self.decay.warn(
-                "the optimizer has not evaluated the closure that its step was given, so that "
-                "nothing decayed: evaluate it yourself, and call step without it"
+                "the optimizer did not evaluate the closure that was passed to step, so nothing "
+                "decayed: evaluate it yourself, and call step without it"
             )
 
     def skip(self) -> None:
