@@ -734,7 +734,8 @@ SCALES = [
     (Relative, "lr_ratio", True),
     (Relative, "lr_squared", True),
     (Relative, ["none", "lr"], True),
-    *((cls, scale, False) for cls in (Relative, Thrice) for scale in ("none", lambda group: 0.1)),
+    (Relative, "none", False),
+    (Thrice, len, False),
 ]
 
 

@@ -139,10 +139,14 @@ def test_fastai_leaves_out_norms_and_biases_by_default(wd_bn_bias):  # P2
 # A decay without effect, or with an unwanted one
 
 
-@pytest.mark.parametrize(
-    ("arguments", "own"),
-    [({"wd": None}, 0.0), ({"wd": 0.1, "exclude": "*"}, 0.0), ({"wd": None, "exclude": "*"}, 0.1)],
-)
+IDLE = {  # arguments, the optimizer's own weight decay
+    "own of 0": ({"wd": None}, 0.0),
+    "all excluded": ({"wd": 0.1, "exclude": "*"}, 0.0),
+    "own, all excluded": ({"wd": None, "exclude": "*"}, 0.1),
+}
+
+
+@pytest.mark.parametrize(("arguments", "own"), IDLE.values(), ids=IDLE)
 def test_a_decay_that_touches_nothing_warns_once(arguments, own):
     model, optimizer = two_groups(weight_decay=own)
     model.zero_grad()
@@ -174,7 +178,7 @@ def test_steps_without_any_gradient_warn_once_at_the_user_s_line(steps):
     assert all("gradient in 20 steps" in str(record.message) for record in records)
 
 
-@pytest.mark.parametrize(("own", "count"), [((0.1, 0), 0), ((0, 0), 1), ((0.1, 0.1), 0)])
+@pytest.mark.parametrize(("own", "count"), [((0.1, 0), 0), ((0, 0), 1), ((0.1, 0.1), 0)], ids=str)
 def test_vectors_in_a_group_of_their_own_are_asked_about_once(own, count):
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))

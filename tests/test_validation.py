@@ -198,7 +198,7 @@ ARGUMENTS = {
 
 
 def short(value):
-    return repr(value)[:30].split(" at ")[0].split(".<locals>")[0]
+    return (value.__name__ if isinstance(value, type) else repr(value))[:30].split(" at ")[0]
 
 
 @pytest.mark.parametrize(
@@ -1025,7 +1025,11 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "arguments", "error", "pattern"), SCHEDULES, ids=short)
+@pytest.mark.parametrize(
+    ("cls", "arguments", "error", "pattern"),
+    SCHEDULES,
+    ids=[f"{cls.__name__}{arguments}" for cls, arguments, *_ in SCHEDULES],
+)
 def test_an_invalid_schedule_is_refused(cls, arguments, error, pattern):  # P10
     with pytest.raises(error, match=f"(?s){cls.__name__}.*{pattern}"):
         cls(*arguments)
