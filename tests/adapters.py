@@ -34,20 +34,10 @@ def no_loss(prediction, _):
 
 
 def run(adapter, arguments, model, *, lr=0.1, lr_at=None, own=None, loss=mse_loss, epochs=EPOCHS):
-    """Trains with SGD and the decay.
+    """Trains ``model``, which takes 3 inputs, with SGD and the decay; returns the decay.
 
-    Args:
-        adapter: Its name.
-        arguments: Of the decay.
-        model: Takes 3 inputs; trained in place.
-        lr: The peak learning rate.
-        lr_at: From progress to the fraction of it; None for a constant.
-        own: The optimizer's weight decay; a sequence makes a param group of each layer.
-        loss: The loss function.
-        epochs: How many.
-
-    Returns:
-        The decay.
+    ``lr_at`` gives the fraction of ``lr`` at a progress. ``own`` is the optimizer's weight decay: a
+    sequence makes a param group of each layer.
     """
     own = INNER_WD if own is None else own
     several = isinstance(own, (list, tuple))

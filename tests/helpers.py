@@ -321,18 +321,11 @@ class Case:
         return model(torch.randn(9, 5, generator=generator).to(dtype)).square().mean()
 
     def train(self, wd=None, *, decay=None, by_hand=None, closure=False, steps=12, **options):
-        """Trains a small model.
+        """Trains a small model; returns its weights in one vector, and the optimizer.
 
-        Args:
-            wd: The optimizer's own weight decay; None for ``INNER_WD``.
-            decay: From the optimizer to what it attaches to it.
-            by_hand: The coefficient of the hand-written loop.
-            closure: Whether the optimizer evaluates the batch itself.
-            steps: How many.
-            options: ``dtype`` and arguments of the optimizer.
-
-        Returns:
-            The weights in one vector, and the optimizer.
+        ``wd`` is the optimizer's own, None for ``INNER_WD``. ``decay`` attaches to the optimizer
+        that it is given, ``by_hand`` is the coefficient of the hand-written loop, and ``options``
+        are ``dtype`` and arguments of the optimizer.
         """
         model = self.model(options.pop("dtype", torch.float32))
         own = {} if wd is None or not self.has_wd else {"weight_decay": wd}

@@ -18,17 +18,11 @@ LR, WD = 0.01, 0.1
 class Recipe:
     """What the models of both packages share.
 
-    Args:
-        optimizers: From the module to the optimizer, to a list of them, or to what else
-            ``configure_optimizers`` may return.
-        manual: Whether the model steps on its own, every optimizer ``steps`` times per batch, and
-            only in every ``every``-th batch.
-        by: How it does so: ``"step"``, with a ``"closure"``, or by the ``"raw"`` torch optimizer.
-        norm: Whether it has a norm layer.
-        skipped: Batches for which ``training_step`` returns None.
-        raises: What to raise in which batch, a pair.
-        watch: Called with the model's own hooks, by name.
-        lr: What a finder of learning rates looks for.
+    ``optimizers`` is from the module to what ``configure_optimizers`` may return. A ``manual`` one
+    steps every optimizer ``steps`` times per batch, only in every ``every``-th batch, and ``by``
+    ``"step"``, with a ``"closure"``, or by the ``"raw"`` torch optimizer. ``skipped`` are batches
+    without a loss, ``raises`` is a batch with its exception, ``watch`` is called with the names of
+    the model's own hooks, and ``lr`` is for finders of learning rates.
     """
 
     def __init__(
@@ -169,15 +163,8 @@ def quiet_trainer(package, *callbacks, **settings):
 def fit(package, optimizers, *callbacks, batches=6, epochs=2, model=None, resume=None, **settings):
     """Trains a new model and returns it; its ``trainer`` is still there.
 
-    Args:
-        package: Which Lightning.
-        optimizers: As of ``Recipe``.
-        callbacks: Those of the Trainer.
-        batches: How many per epoch, or an iterable of them.
-        epochs: None for no ``max_epochs``.
-        model: Arguments of ``Recipe``, or a module.
-        resume: A checkpoint.
-        settings: Arguments of the Trainer.
+    ``batches`` is their number per epoch or an iterable, ``model`` arguments of ``Recipe`` or a
+    module, ``resume`` a checkpoint, and ``settings`` are the Trainer's.
     """
     given = isinstance(model, torch.nn.Module)
     module = model if given else model_class(package)(optimizers, **model or {})

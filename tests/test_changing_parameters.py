@@ -13,11 +13,10 @@ from helpers import (
     NoUpdate,
     caught,
     parameter,
-    weights,
     zero_gradients,
 )
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Optimizer
 
 from wd_callbacks.torch import DecoupledWD
 
@@ -388,19 +387,6 @@ def test_deferred_decay_follows_its_parameter(change):  # P8, P11
     run = Run(lambda optimizer: DecoupledWD(optimizer, WD, quantum=QUANTUM), still=True)
     change(run)  # the run compares
     assert any(lost > 0.1 for lost in run.applied.values())
-
-
-def test_a_copied_optimizer_decays_its_own_parameters():  # P9, P11
-    def run(attach):
-        run = Run(attach, cls=Adam)
-        run.step()
-        old, left = run.optimizer, weights(run.params)
-        run.optimizer, run.decay = copy.deepcopy((run.optimizer, run.decay))
-        run.steps(3, run.params[2])
-        assert all(map(torch.equal, left, old.param_groups[0]["params"]))
-        return run
-
-    assert same_history(run(lambda o: DecoupledWD(o, WD, quantum=0)), run(None))
 
 
 # Autograd

@@ -66,14 +66,8 @@ def compiled_step(model, optimizer, how, backend):
 def compiled_run(how, cls=Adam, wd=INNER_WD, attach=None, late=False, by_hand=None, backend=None):
     """The weights after each step, and how many graphs had been compiled by then.
 
-    Args:
-        how: What is compiled.
-        cls: The optimizer.
-        wd: Its own weight decay.
-        attach: Attaches the decay.
-        late: Whether it is attached after compiling.
-        by_hand: The coefficient of the hand-written decay as a function of the progress.
-        backend: What compiles.
+    ``attach`` attaches the decay, ``late`` after compiling. ``by_hand`` is the coefficient of the
+    hand-written decay as a function of the progress.
     """
     model = network()
     optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)

@@ -51,11 +51,8 @@ class Weight:
 class Due:
     """The decay of a parameter that is due in one step.
 
-    Attributes:
-        shrink: The part of the weight that is due; 0.0 where it does not decay.
-        factor: ``1 - shrink``, in the arithmetic of the learning rate.
-        at_once: Whether this step applies all of it.
-        quantum: Less than this may be deferred afterwards.
+    ``factor`` is ``1 - shrink``, in the arithmetic of the learning rate; 1 where it does not decay.
+    Less than ``quantum`` may be deferred afterwards.
     """
 
     shrink: float

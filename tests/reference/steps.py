@@ -8,17 +8,10 @@ def nothing(step):
 
 
 def make_steps(case, model, optimizer, steps, before=nothing, after=nothing, closure=False):
-    """Trains ``model`` on the losses of ``case``.
+    """Trains ``model`` on the losses of ``case``, a row of ``helpers.CASES``.
 
-    Args:
-        case: A row of ``helpers.CASES``.
-        model: That of the case.
-        optimizer: Of its parameters.
-        steps: Their indices.
-        before: Called with the index of the step when the gradients are there, before the update.
-            With a closure they are not there yet, as with LBFGS, which decays first (P1).
-        after: Called after the update.
-        closure: Whether the optimizer evaluates the batch itself.
+    ``before`` is called with the index of the step when the gradients are there, before the update.
+    With a ``closure`` they are not there yet, as with LBFGS, which decays first (P1).
     """
     for step in steps:
 
