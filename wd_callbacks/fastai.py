@@ -80,7 +80,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             the optimizer. At a step and before a weight has changed: a coefficient is negative, NaN
             or infinite, or a shrink 1 or more (which ends a search by `lr_find`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastai.data.core import DataLoaders
         >>> from fastai.learner import Learner

@@ -286,7 +286,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             optimizers or the Trainer. At a step and before a weight has changed: a coefficient is
             negative, NaN or infinite, or a shrink 1 or more.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
         >>> from wd_callbacks.lightning import DecoupledWD
@@ -397,7 +397,8 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         indices = range(count) if self.optimizers is None else self.optimizers
         if any(index >= count for index in indices):
             raise ValueError(
-                f"optimizers={indices!r}, but the Trainer has {count} optimizers: indices start at 0"
+                f"optimizers={indices!r}, but the Trainer has {count} optimizers, and indices "
+                f"start at 0"
             )
         if not isinstance(self._loaded, Mapping) or not set(self._loaded) <= set(indices):
             raise ValueError(

@@ -67,7 +67,7 @@ def plan(
     Raises:
         TypeError, ValueError: An argument is invalid, or its value at a step.
 
-    Example:
+    Examples:
         >>> planned = plan(0.5, lr=0.1, steps=2)
         >>> planned.shrinks, [round(left, 4) for left in planned.left]
         ([0.05, 0.05], [0.95, 0.9025])
@@ -93,7 +93,7 @@ def plot_plan(*args: Any, **kwargs: Any) -> Figure:
         ImportError: matplotlib is not installed.
         TypeError, ValueError: As ``plan``.
 
-    Example:
+    Examples:
         >>> from wd_callbacks.schedules import Cosine
         >>> figure = plot_plan(Cosine(0.1, 0), lr=lambda progress: 1e-2 * (1 - progress), steps=100)
         >>> [ax.get_ylabel() for ax in figure.axes]

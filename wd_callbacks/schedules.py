@@ -5,9 +5,10 @@ of the nearer end. Each class is a frozen dataclass: callable, printable so that
 it again, comparable, picklable, and writable in a YAML config. Any other callable from progress to
 a coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a lambda.
 
->>> warmed_up = Join([(0.25, Linear(0, 0.2)), (0.75, Cosine(0.2, 0))])
->>> [round(warmed_up(progress), 3) for progress in (0, 0.125, 0.25, 0.625, 1)]
-[0.0, 0.1, 0.2, 0.1, 0.0]
+Examples:
+    >>> warmed_up = Join([(0.25, Linear(0, 0.2)), (0.75, Cosine(0.2, 0))])
+    >>> [round(warmed_up(progress), 3) for progress in (0, 0.125, 0.25, 0.625, 1)]
+    [0.0, 0.1, 0.2, 0.1, 0.0]
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Linear:
     Raises:
         TypeError, ValueError: A value is not such a number; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Linear(0.04, 0.4)
         >>> schedule(0), schedule(0.5), schedule(1), schedule(2)
         (0.04, 0.22, 0.4, 0.4)
@@ -75,7 +76,7 @@ class Cosine:
     Raises:
         TypeError, ValueError: A value is not such a number; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Cosine(0.25, 0)
         >>> schedule(0), schedule(0.5), schedule(1)
         (0.25, 0.125, 0.0)
@@ -103,7 +104,7 @@ class Exponential:
     Raises:
         TypeError, ValueError: A value is not such a number; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Exponential(0.25, 0.0625)
         >>> schedule(0), schedule(0.5), schedule(1)
         (0.25, 0.125, 0.0625)
@@ -134,7 +135,7 @@ class Polynomial:
     Raises:
         TypeError, ValueError: A value is not such a number; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Polynomial(1, 0, 2)
         >>> schedule(0), schedule(0.5), schedule(1)
         (1.0, 0.75, 0.0)
@@ -164,7 +165,7 @@ class Steps:
     Raises:
         TypeError, ValueError: A key or a value is not such a number; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Steps({0.0: 0.1, 0.5: 0.01})
         >>> schedule(0), schedule(0.49), schedule(0.5), schedule(1)
         (0.1, 0.1, 0.01, 0.01)
@@ -201,7 +202,7 @@ class Join:
     Raises:
         TypeError, ValueError: A piece is not such a pair, or the fractions do not add up to 1.
 
-    Example:
+    Examples:
         >>> schedule = Join([(0.25, Linear(0, 0.1)), (0.75, Linear(0.1, 0.4))])
         >>> schedule(0), schedule(0.125), schedule(0.25), schedule(1)
         (0.0, 0.05, 0.1, 0.4)
@@ -251,7 +252,7 @@ class Restarts:
     Raises:
         TypeError, ValueError: An argument is invalid; the message names it.
 
-    Example:
+    Examples:
         >>> schedule = Restarts(Linear(0.1, 0.3), cycles=2, mult=3)
         >>> [round(schedule(progress), 3) for progress in (0, 0.125, 0.25, 0.625, 1)]
         [0.1, 0.2, 0.1, 0.2, 0.3]
@@ -263,7 +264,9 @@ class Restarts:
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
-            raise TypeError(f"Restarts: schedule must be a callable from progress, got {self.schedule!r}")
+            raise TypeError(
+                f"Restarts: schedule must be a callable from progress, got {self.schedule!r}"
+            )
         check_count("Restarts: cycles", self.cycles)
         _check(self, "mult", above=0)
         if self.cycles > 10**6 or self.cycles * abs(math.log(self.mult)) > 500:
@@ -336,7 +339,7 @@ class Normalized(_Resolvable):
     Raises:
         TypeError, ValueError: It is not such a number.
 
-    Example:
+    Examples:
         >>> Normalized(0.5).resolved(Run(steps=100))(0)
         0.05
     """
@@ -372,7 +375,7 @@ class Timescale(_Resolvable):
         TypeError, ValueError: Both or neither is given, or one is no such number; when training
             starts, ``scale_by`` is a callable, or the steps of an epoch are not known.
 
-    Example:
+    Examples:
         >>> Timescale(epochs=4).resolved(Run(steps=100, steps_per_epoch=25, peak_scale=0.1))(0)
         0.1
     """

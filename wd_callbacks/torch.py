@@ -73,7 +73,7 @@ class DecoupledWD(Adapter):
             outside would be lost on it. Later, from ``optimizer.step`` and before a weight has
             changed: a coefficient is negative, NaN or infinite, or a shrink 1 or more.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)

@@ -79,7 +79,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             optimizer. At a step and before a weight has changed: a coefficient is negative, NaN or
             infinite, or a shrink 1 or more.
 
-    Example:
+    Examples:
         >>> from transformers import Trainer, TrainingArguments
         >>> args = TrainingArguments(optim="adamw_torch", weight_decay=0.0, report_to="none")
         >>> trainer = Trainer(torch.nn.Linear(2, 2), args, callbacks=[DecoupledWD(0.1)])

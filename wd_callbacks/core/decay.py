@@ -187,8 +187,8 @@ class Decay:
         if not active or (is_zero and not self.setup.schedules_own_wd):
             self.warn(
                 "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
-                "matched by no key of wd, or (with wd=None) in a group whose own weight decay is 0. "
-                "Print describe(parameters=True) to see which"
+                "matched by no key of wd, or (with wd=None) in a group whose own weight decay is "
+                "0. Print describe(parameters=True) to see why"
             )
 
     def _check_capture(self, layout: Layout, shrinks: Sequence[Shrink]) -> None:
@@ -197,7 +197,7 @@ class Decay:
             return
         if self.setup.config.is_scheduled:
             raise ValueError(
-                "a CUDA graph replays the coefficient that it captured, but wd is a schedule: leave "
+                "a CUDA graph replays the coefficient that it captured, but wd is a schedule: keep "
                 "optimizer.step out of the graph, or pass a number as wd"
             )
         for bucket in layout.buckets():

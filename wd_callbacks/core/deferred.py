@@ -77,7 +77,7 @@ def defer(deferred: Deferred, amount: float, precision: Precision) -> tuple[Defe
         The new ``Deferred`` and the shrink to apply: None if nothing is, ``amount`` itself if the
         step is applied as it is.
 
-    Example:
+    Examples:
         >>> fine = Precision(quantum=0.25, grain=2.0**-24)
         >>> after, shrink = defer(Deferred(), 0.2, fine)
         >>> round(after.amount, 6), shrink

@@ -258,8 +258,8 @@ def _warn_of_idle_keys(setup: Setup, rules: Sequence[Rule]) -> None:
         if of_key and all(of_key):
             setup.warn(
                 f"the key {key!r} of wd has no effect: all of its parameters are in no-decay "
-                f"groups, which a mapping leaves alone. Leave the key out, or move these parameters "
-                f"to another param group"
+                f"groups, which a mapping leaves alone. Leave the key out, or put these "
+                f"parameters into another param group"
             )
 
 

@@ -65,7 +65,7 @@ class Selection:
         TypeError: ``model`` is not a module, or its ``no_weight_decay()`` returns no names.
         ValueError: An entry matches nothing, or needs names and there is no model.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         >>> selection = Selection(["bias", "norm"], [], model)
         >>> found = selection.look_up(model.parameters())
@@ -171,8 +171,8 @@ class Selection:
             if differ and p not in self._named:
                 effect = "it does not decay" if what == "exclude" else "the first key counts"
                 self._warn(
-                    f"{what} matches a tied parameter by some of its names only, so {effect}. To "
-                    f"avoid doubt, match all of its names: {', '.join(names[p])}"
+                    f"{what} matches a tied parameter by some of its names only, so {effect}: "
+                    f"{', '.join(names[p])}. Match all of its names to make this explicit"
                 )
 
     def _nameless(self, p: Tensor) -> Selected:
@@ -318,7 +318,10 @@ def _is_marked(model: nn.Module) -> Match:
         if callable(names):
             found = names()
             if not isinstance(found, Iterable):
-                raise TypeError(f"no_weight_decay() of {type(module).__name__} returned {found!r}, expected names")
+                raise TypeError(
+                    f"no_weight_decay() of {type(module).__name__} returned {found!r}, expected "
+                    f"the names of parameters"
+                )
             globs = tuple(found)
             for name, p in module.named_parameters(remove_duplicate=False):
                 if any(fnmatch.fnmatchcase(name, glob) for glob in globs):

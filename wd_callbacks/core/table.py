@@ -139,7 +139,7 @@ class Description(tuple[Any, ...]):
 
     ``decays``, ``does not`` and ``frozen`` count tensors and, in parentheses, parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from wd_callbacks.torch import DecoupledWD
         >>> model = torch.nn.Linear(4, 2)
