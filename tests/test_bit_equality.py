@@ -156,7 +156,7 @@ BY_HAND = {  # Larc's trust ratio contains wd, Lookahead copies its slow weights
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*`wd`", "ignore:.*takes `wd` into its update")
+@pytest.mark.filterwarnings("ignore:.*`wd`", "ignore:.*uses `wd` in its update")
 @pytest.mark.parametrize("name", [*OWN, *BY_HAND])
 def test_fastais_optimizers_equal_their_own_decoupled_ones(name):
     # P4, P5, P2 (do_wd), P3 (the own wd is not used)

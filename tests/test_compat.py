@@ -414,7 +414,7 @@ def trust(p, group, wd):
 
 TURNED_OFF = "turns a part of its update off at weight_decay=0 .* which DecoupledWD sets .*: "
 OTHER_SCALE = "own weight decay shrinks weights by {} in a step, but DecoupledWD by lr . wd: pass "
-TWICE = "even at weight_decay=0, which DecoupledWD sets during step, so that they decay twice: turn"
+TWICE = "even at weight_decay=0, which DecoupledWD sets during step, so they decay twice: turn"
 VECTORS = "own weight decay leaves out vectors .* exclude='vector'"
 ALIKE = "same update at any learning rate .*: pass scale_by='none', or a callable"
 SQUARED = OTHER_SCALE.format(r"lr\*\*2 / 0.1 \* wd") + "scale_by='lr_squared' and max_lr=0.1 to"

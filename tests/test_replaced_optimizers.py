@@ -431,7 +431,7 @@ def test_a_fastai_fit_inside_a_fit_with_the_same_callback_is_refused():  # P10
         return True
 
     learn = learner(decay, at(FastaiCallback, "before_epoch", function))
-    with pytest.raises(ValueError, match="give each Learner its own"):
+    with pytest.raises(ValueError, match="build one per Learner"):
         quietly(learn, "fit", 2, 0.1)
     assert inner == pytest.approx([0.9**4])
 

@@ -373,7 +373,7 @@ def _other_scale(name: str, rate: float, doubled_rate: float) -> str:
         instead = f"scale_by='lr_squared' and max_lr={max_lr:.3g}"
     else:
         scale = f"{rate / (LR * WD):.3g} * lr * wd"
-        instead = "as scale_by a callable from the param group to a number"
+        instead = "a callable from the param group to a number as scale_by"
     return (
         f"{name}'s own weight decay shrinks weights by {scale} in a step, but DecoupledWD by "
         f"lr * wd: pass {instead} to keep that scale"

@@ -223,7 +223,7 @@ def _check_lengths(state: Mapping[str, Any]) -> None:
     anchors = state.get("anchors", [])
     fits_groups = is_sequence(anchors) and len(anchors) in (0, owed)
     if not (fits_groups and all(len(a) == len(o) for a, o in zip(anchors, state["owed"]))):
-        raise ValueError(f"{NOT_A_STATE}: it does not have one anchor per parameter")
+        raise ValueError(f"{NOT_A_STATE}: its anchors do not match the parameters")
 
 
 def check_entries(state: Any, **fits: Callable[[Any], bool]) -> None:
