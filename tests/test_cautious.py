@@ -157,7 +157,7 @@ def test_lbfgs_leaves_alone_what_has_no_gradient():  # P2, P16
 
 
 @pytest.mark.parametrize(
-    ("cls", "lr"), [(torch.optim.Adam, 0.1), (torch.optim.SGD, torch.tensor(0.1))]
+    ("cls", "lr"), [(torch.optim.Adam, 0.1), (torch.optim.SGD, torch.tensor(0.1))], ids=str
 )
 def test_a_step_that_is_skipped_on_the_device(cls, lr):  # P1, P16
     p, optimizer = one_weight(lr=lr, cls=cls, fused=True, weight_decay=0)

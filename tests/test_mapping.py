@@ -87,7 +87,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda it: getattr(it, "__name__", it))
+@pytest.mark.parametrize("key", KEYS, ids=lambda it: getattr(it, "__name__", it).strip("<>"))
 def test_keys_are_what_exclude_takes(key):  # P14
     found = measured(network(), {key: 0.2, "*": 0.4})
     assert found == {name: 0.2 if name in KEYS[key] else 0.4 for name in NAMES}
@@ -184,6 +184,18 @@ def test_parameters_without_a_name_or_a_key_do_not_decay():  # P14, P7
     decay.detach()
     decay, _ = caught(lambda: DecoupledWD(optimizer, {"embed.*": 0.1}, model=model))
     assert any("nothing decays" in message for message in caught(optimizer.step)[1])
+
+
+def test_vectors_need_no_name():  # P14
+    for arguments, expected in (
+        ({"wd": {"vector": 0.5}}, [1, 0.95]),
+        ({"wd": 0.5, "exclude": "vector"}, [0.95, 1]),
+    ):
+        params = parameter(2, 2), parameter(2)
+        optimizer = torch.optim.SGD(params, lr=LR)
+        DecoupledWD(optimizer, **arguments)
+        optimizer.step()
+        assert [p.mean().item() for p in params] == pytest.approx(expected)
 
 
 # What the user sees

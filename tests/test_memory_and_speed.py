@@ -136,6 +136,18 @@ def test_a_device_is_never_asked_for_a_value(source, max_lr, dtype):  # P11
 
 
 @pytest.mark.parametrize("quantum", [0, QUANTUM])
+def test_a_decay_that_outlives_its_optimizer_keeps_no_weight(quantum):  # P11
+    optimizer = SGD([parameter(5)], lr=LR)
+    decay = DecoupledWD(optimizer, WD, quantum=quantum)
+    optimizer.step()
+    weight = weakref.ref(params_of(optimizer)[0])
+    del optimizer
+    gc.collect()
+    assert weight() is None
+    assert not decay.is_attached
+
+
+@pytest.mark.parametrize("quantum", [0, QUANTUM])
 def test_replaced_data_is_freed(quantum):  # P11
     values = torch.ones(5).numpy().copy()
     storage = weakref.ref(values)
