@@ -2,7 +2,7 @@
 
 ``wd_callbacks.torch``, ``wd_callbacks.fastai``, ``wd_callbacks.lightning`` and
 ``wd_callbacks.transformers`` each have a ``DecoupledWD`` with the same arguments. Right before an
-optimizer's update it multiplies every parameter that the update touches by ``1 - lr * wd``, and the
+optimizer's update, it multiplies every parameter that the update touches by ``1 - lr * wd``. The
 optimizer itself steps with a weight decay of 0 (Loshchilov & Hutter, arXiv 1711.05101,
 Algorithm 2, line 12).
 """

@@ -42,43 +42,45 @@ except ImportError as error:
 
 
 class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
-    """Decay the weights by `lr*wd` right before their update, and step with a `wd` of 0.
+    """Decays the weights by `lr*wd` right before their update, with any optimizer.
 
-    With it any optimizer decays as fastai's own do with `decouple_wd=True`, and parameters that
-    fastai marks `do_wd=False` are left alone. A schedule's progress is that of the fit, which
-    `start_epoch` enters later. Each fit starts with nothing deferred.
+    Any optimizer then decays as fastai's own do with `decouple_wd=True`. Parameters that fastai
+    marks `do_wd=False` do not decay. A schedule covers the whole fit; a fit with `start_epoch`
+    continues it there. Each fit starts with nothing deferred.
 
     Args:
-        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
-            0.0 at the first step, towards 1.0, to a coefficient), such as `SchedCos(0.04, 0.4)`; a
-            sequence of these, one per param group; a mapping from parameters to these, such as
-            `{"1.*": 0.1, "*": 0.01}`, with keys as in `exclude`, of which the first match counts;
-            or None for each group's own `wd`, read at every step, so that a `ParamScheduler` can
-            set it. A group whose own `wd` is 0 while another's is not does not decay, unless `wd`
-            is a sequence.
-        scale_by: What `wd` is multiplied by in one step. `"lr"`: `lr`. `"lr_ratio"`: `lr/max_lr`.
-            `"lr_squared"`: `lr**2/max_lr`. `"none"`: 1. Or a callable from the param group to a
+        wd: The coefficient, at least 0. A number, or a schedule: a callable from training progress
+            (0.0 at the first step, towards 1.0) to a coefficient, such as `SchedCos(0.04, 0.4)`. Or
+            a sequence of these, one per param group. Or a mapping from parameters to these, such as
+            `{"1.*": 0.1, "*": 0.01}`; keys are entries as in `exclude`, and the first one that
+            matches counts. None: each group's own `wd`, read at every step, so that a
+            `ParamScheduler` can set it. If some groups have a `wd` of 0 and others do not, those
+            with 0 do not decay, unless `wd` is a sequence.
+        scale_by: The factor that multiplies `wd` in a step. `"lr"`: `lr`. `"lr_ratio"`:
+            `lr/max_lr`. `"lr_squared"`: `lr**2/max_lr`. `"none"`: 1. Or a callable from the param group to a
             number, or a sequence of these, one per group.
         max_lr: The peak learning rate, above 0, a number or one per group. None: the maximum of the
             fit's `lr` schedule, else the `lr` it starts with.
-        exclude: Parameters that do not decay, an entry or several: `"bias"`, `"norm"`,
+        exclude: Parameters that do not decay, one entry or several: `"bias"`, `"norm"`,
             `"embedding"`, `"vector"` (fewer than two dimensions), `"marked"` (`p._no_weight_decay`,
             or named by a module's `no_weight_decay()`), a glob on the full parameter name, a module
             type or its dotted path, or a predicate `(name, parameter) -> bool`.
-        anchor: What weights decay towards. None: zero. `"initial"`: each parameter's value right
-            before its first update in the fit. Or a mapping from parameter name to tensor, such as
-            a pretrained `state_dict()`; parameters that it does not name decay towards zero.
-        cautious: If True, only elements decay that the update moves towards the anchor as well
+        anchor: The values that weights decay towards. None: zero. `"initial"`: each parameter's
+            value right before its first update in the fit. Or a mapping from parameter name to
+            tensor, such as a pretrained `state_dict()`; parameters that it does not name decay
+            towards zero.
+        cautious: If True, an element decays only if the update moves it towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: `2**-20`, for float16 `2**-8`, for bfloat16 `2**-6`. 0:
-            apply every step.
+            added up. None: `2**-20`, for float16 `2**-8`, for bfloat16 `2**-6`; with an anchor
+            `2**-10`, `2**-5` and `2**-3`. 0: apply every step.
         verbose: If True, print `describe()` when the fit starts to train, on rank zero.
 
     Raises:
         TypeError, ValueError: An argument is invalid or, when the fit starts to train, does not fit
-            the optimizer. At a step and before a weight has changed: a coefficient is negative, NaN
-            or infinite, or a shrink 1 or more (which ends a search by `lr_find`).
+            the optimizer. A step raises, before a weight changes, if a coefficient is negative, NaN
+            or infinite, or if a shrink is 1 or more. In `lr_find`, a shrink of 1 or more ends the
+            search instead.
 
     Examples:
         >>> import torch
@@ -162,7 +164,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             print(self.describe())
 
     def before_batch(self) -> None:
-        """Go on after a fit within this one, or with an optimizer that has replaced another."""
+        """Go on after a fit inside this one, or with an optimizer that replaced another."""
         if not self._is_fitting:
             self.before_train()
             self._position.value = self._done(self.iter)
@@ -179,7 +181,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
         self._has_attempted = True
 
     def after_batch(self) -> None:
-        """Note what part of the fit is done, and the coefficients of each batch up to its step."""
+        """Note the progress of the fit, and the coefficients of each batch up to its step."""
         self._batches += 1
         decay = self._attached.decay
         has_stepped = decay.steps > self._steps
@@ -191,7 +193,7 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
                 used += [coefficient] * (self._batches - len(used))
 
     def after_fit(self) -> None:
-        """Let `recorder.plot_sched` draw `wd`, beside what this fit's schedulers have recorded."""
+        """Detach, and let `recorder.plot_sched` draw `wd` beside `lr`."""
         self._fits -= 1
         if self._fits == 0 and self._is_fitting:
             self._is_fitting = False

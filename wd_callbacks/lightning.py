@@ -245,46 +245,46 @@ def _fraction(done: int | None, length: Any) -> float | None:
 class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     """Decays the weights by ``lr * wd`` right before their update, with any optimizer.
 
-    On every step each weight with a gradient is multiplied by ``1 - lr * wd``, and the optimizer
-    makes its update with a weight decay of 0 (Loshchilov & Hutter,
+    Right before its update, each weight with a gradient is multiplied by ``1 - lr * wd``. The
+    optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
     https://arxiv.org/abs/1711.05101, Algorithm 2). It works with automatic and manual optimization,
-    accumulation, clipping and mixed precision; a step that is skipped decays nothing. A run that is
-    resumed from a checkpoint goes on where it was.
+    accumulation, clipping and mixed precision. A skipped step decays nothing. A run that is resumed
+    from a checkpoint continues where it stopped.
 
     Args:
-        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
-            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
-            param group; a mapping from parameters to these, such as ``{"head.*": 0.1, "*": 0.01}``,
-            with keys as in ``exclude``, of which the first match counts; None for each group's own
-            weight decay, read at every step; or a mapping from the optimizer's index to any of
-            these but a mapping. A group whose own weight decay is 0 while another's is not does not
-            decay, unless ``wd`` is a sequence.
-        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+        wd: The coefficient, at least 0. A number, or a schedule: a callable from training progress
+            (0.0 at the first step, towards 1.0) to a coefficient. Or a sequence of these, one per
+            param group. Or a mapping from parameters to these, such as
+            ``{"head.*": 0.1, "*": 0.01}``; keys are entries as in ``exclude``, and the first one
+            that matches counts. None: each group's own weight decay, read at every step. Or a
+            mapping from optimizer index to any of these but a mapping. If some groups have a weight
+            decay of 0 and others do not, those with 0 do not decay, unless ``wd`` is a sequence.
+        scale_by: The factor that multiplies ``wd`` in a step. ``"lr"``: ``lr``. ``"lr_ratio"``:
             ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
             the param group to a number, or a sequence of these, one per group.
-        max_lr: The peak learning rate, above 0, a number or one per group. None: that of the
-            scheduler (CyclicLR, OneCycleLR), else the group's ``initial_lr``, else its ``lr`` when
-            training starts.
-        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+        max_lr: The peak learning rate, above 0, a number or one per group. None: the peak
+            of the scheduler (CyclicLR, OneCycleLR), else the group's ``initial_lr``, else its
+            ``lr`` when training starts.
+        exclude: Parameters that do not decay, one entry or several: ``"bias"``, ``"norm"``,
             ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
             (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
             full parameter name, a module type or its dotted path, or a predicate
             ``(name, parameter) -> bool``.
-        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
-            before its first update. Or a mapping from parameter name to tensor, such as a
-            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
-        cautious: If True, only elements decay that the update moves towards the anchor as well
+        anchor: The values that weights decay towards. None: zero. ``"initial"``: each parameter's
+            value right before its first update. Or a mapping from parameter name to tensor, such as
+            a pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, an element decays only if the update moves it towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
-            ``2**-6``. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16 ``2**-6``; with an
+            anchor ``2**-10``, ``2**-5`` and ``2**-3``. 0: apply every step.
         verbose: If True, print ``describe()`` when training starts, on rank zero.
         optimizers: The index or indices of the Trainer's optimizers to act on; None for all.
 
     Raises:
         TypeError, ValueError: An argument is invalid or, when training starts, does not fit the
-            optimizers or the Trainer. At a step and before a weight has changed: a coefficient is
-            negative, NaN or infinite, or a shrink 1 or more.
+            optimizers or the Trainer. A step raises, before a weight changes, if a coefficient is
+            negative, NaN or infinite, or if a shrink is 1 or more.
 
     Examples:
         >>> from pytorch_lightning import Trainer
@@ -350,7 +350,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """The same for callbacks that act on the same optimizers.
+        """The key of the saved state: the same for callbacks that act on the same optimizers.
 
         Raises:
             ValueError: A Trainer has two of these.
@@ -366,7 +366,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         return self._state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Start afresh, and note the length before StochasticWeightAveraging adds to it."""
+        """Start afresh, and note the run's length before StochasticWeightAveraging adds to it."""
         if stage != "fit":
             return
         if self._is_busy_elsewhere(trainer):
@@ -382,7 +382,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         return other is not None and other is not trainer
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Warn if the run has done without the decay so far."""
+        """Warn if the checkpoint was saved without this decay."""
         done = checkpoint["global_step"]
         known = self.state_key in checkpoint.get("callbacks", {})
         if trainer.state.fn == "fit" and done and not known:
@@ -440,7 +440,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note where in the run the steps of this batch are made."""
+        """Note the training progress of this batch's steps."""
         self._run.start_batch(trainer)
         count = len(trainer.optimizers)
         if count != self._count:
@@ -511,7 +511,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             each.detach()
 
     def state_dict(self) -> dict[Any, Any]:
-        """Return what the decays need to go on, as plain numbers, by the optimizer's index."""
+        """Return the state of each decay by optimizer index, as plain numbers."""
         decays = self._decays.items()
         return self._loaded or {index: each.state_dict(self._run) for index, each in decays}
 

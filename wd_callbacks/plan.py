@@ -22,8 +22,8 @@ class Plan(NamedTuple):
     Attributes:
         coefficients: The ``wd`` in force.
         lrs: The learning rate.
-        shrinks: What the step subtracts from the weights, as a fraction of them.
-        left: What is left of the weights of the first step after it, as a fraction of them.
+        shrinks: The fraction of the weights that the step takes away.
+        left: The fraction of the first weights that is left after the step.
     """
 
     coefficients: list[float]
@@ -65,7 +65,7 @@ def plan(
         The values of every step.
 
     Raises:
-        TypeError, ValueError: An argument is invalid, or its value at a step.
+        TypeError, ValueError: An argument is invalid, or a coefficient or a shrink at a step.
 
     Examples:
         >>> planned = plan(0.5, lr=0.1, steps=2)
@@ -84,10 +84,10 @@ def plan(
 
 
 def plot_plan(*args: Any, **kwargs: Any) -> Figure:
-    """Draw ``plan(*args, **kwargs)``: coefficient, lr, shrink, timescale and what is left.
+    """Draw ``plan(*args, **kwargs)``: coefficient, lr, shrink, timescale and weights left.
 
     Returns:
-        The figure of ``matplotlib.pyplot``, which is also its current one.
+        The figure, which is also the current one of ``matplotlib.pyplot``.
 
     Raises:
         ImportError: matplotlib is not installed.

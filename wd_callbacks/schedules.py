@@ -1,9 +1,9 @@
 """Schedules: pure functions from training progress to a weight decay coefficient.
 
-Progress is 0.0 at the first step and goes towards 1.0; outside of [0, 1] a schedule keeps the value
-of the nearer end. Each class is a frozen dataclass: callable, printable so that its ``repr`` builds
-it again, comparable, picklable, and writable in a YAML config. Any other callable from progress to
-a coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a lambda.
+Progress is 0.0 at the first step and goes towards 1.0. Outside of [0, 1] a schedule keeps the value
+of the nearer end. Each class is a frozen dataclass: it is callable, compares, pickles, can be
+rebuilt from its ``repr``, and can be written in YAML. Any other callable from progress to a
+coefficient is a schedule too, such as fastai's ``SchedCos(0.04, 0.4)`` or a lambda.
 
 Examples:
     >>> warmed_up = Join([(0.25, Linear(0, 0.2)), (0.75, Cosine(0.2, 0))])
@@ -46,7 +46,7 @@ class Linear:
         end: Coefficient at progress 1, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A value is not such a number; the message names it.
+        TypeError, ValueError: An argument is invalid; the message names it.
 
     Examples:
         >>> schedule = Linear(0.04, 0.4)
@@ -74,7 +74,7 @@ class Cosine:
         end: Coefficient at progress 1, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A value is not such a number; the message names it.
+        TypeError, ValueError: An argument is invalid; the message names it.
 
     Examples:
         >>> schedule = Cosine(0.25, 0)
@@ -102,7 +102,7 @@ class Exponential:
         end: Coefficient at progress 1, finite and above 0.
 
     Raises:
-        TypeError, ValueError: A value is not such a number; the message names it.
+        TypeError, ValueError: An argument is invalid; the message names it.
 
     Examples:
         >>> schedule = Exponential(0.25, 0.0625)
@@ -133,7 +133,7 @@ class Polynomial:
         power: Exponent, finite and above 0.
 
     Raises:
-        TypeError, ValueError: A value is not such a number; the message names it.
+        TypeError, ValueError: An argument is invalid; the message names it.
 
     Examples:
         >>> schedule = Polynomial(1, 0, 2)
@@ -159,11 +159,11 @@ class Steps:
     """The value of the last key at or before ``progress``.
 
     Args:
-        values: From the progress at which a coefficient begins, in [0, 1) and with 0 among them, to
-            the coefficient, finite and at least 0.
+        values: Maps the progress at which a coefficient begins to that coefficient. Keys are in
+            [0, 1), and 0 is one of them. Values are finite and at least 0.
 
     Raises:
-        TypeError, ValueError: A key or a value is not such a number; the message names it.
+        TypeError, ValueError: A key or a value is invalid; the message names it.
 
     Examples:
         >>> schedule = Steps({0.0: 0.1, 0.5: 0.01})
@@ -196,8 +196,8 @@ class Join:
     """One schedule after the other, each over its fraction of the run.
 
     Args:
-        pieces: Pairs of a fraction, above 0, and a schedule; the fractions add up to 1. Each
-            schedule sees the progress within its piece, which begins where the one before ends.
+        pieces: Pairs of a fraction above 0 and a schedule. The fractions add up to 1. Progress
+            within each piece goes from 0 to 1.
 
     Raises:
         TypeError, ValueError: A piece is not such a pair, or the fractions do not add up to 1.
@@ -242,7 +242,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Restarts:
-    """A schedule that starts again, as the warm restarts of arXiv 1608.03983 and 1711.05101 do.
+    """A schedule that starts again in each cycle (warm restarts, arXiv 1608.03983, 1711.05101).
 
     Args:
         schedule: The schedule of each cycle.
@@ -337,7 +337,7 @@ class Normalized(_Resolvable):
         wd_norm: Normalized coefficient, finite and at least 0.
 
     Raises:
-        TypeError, ValueError: It is not such a number.
+        TypeError, ValueError: ``wd_norm`` is invalid.
 
     Examples:
         >>> Normalized(0.5).resolved(Run(steps=100))(0)
@@ -364,16 +364,16 @@ class Normalized(_Resolvable):
 class Timescale(_Resolvable):
     """The coefficient with which a step at the peak learning rate shrinks by ``1 / steps``.
 
-    Weights are then a moving average of the updates over about that long (arXiv 2405.13698). Give
-    ``epochs`` or ``steps``.
+    Weights are then a moving average of the updates over about that many steps (arXiv 2405.13698).
+    Pass either ``epochs`` or ``steps``.
 
     Args:
         epochs: Length of the average in epochs, finite and above 0.
         steps: Length of the average in optimizer steps, finite and above 1.
 
     Raises:
-        TypeError, ValueError: Both or neither is given, or one is no such number; when training
-            starts, ``scale_by`` is a callable, or the steps of an epoch are not known.
+        TypeError, ValueError: Both or neither is given, or the value is invalid. When training
+            starts: ``scale_by`` is a callable, or the number of steps per epoch is not known.
 
     Examples:
         >>> Timescale(epochs=4).resolved(Run(steps=100, steps_per_epoch=25, peak_scale=0.1))(0)
@@ -425,7 +425,7 @@ def needs_max_lr(schedule: Any) -> bool:
 
 
 def resolved(schedule: Schedule, run: Run) -> Schedule:
-    """Return ``schedule`` with everything in it known that depends on the run."""
+    """Return ``schedule`` with everything resolved that depends on the run."""
     resolve = getattr(schedule, "resolved", None)
     return schedule if resolve is None else resolve(run)
 

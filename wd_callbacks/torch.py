@@ -27,51 +27,54 @@ if TYPE_CHECKING:
 
 
 class DecoupledWD(Adapter):
-    """Decays the weights of ``optimizer`` at its every step, until ``detach``.
+    """Decays the weights of ``optimizer`` at each of its steps, until ``detach``.
 
-    Right before its update each weight with a gradient is multiplied by ``1 - lr * wd``, and the
+    Right before its update, each weight with a gradient is multiplied by ``1 - lr * wd``. The
     optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
-    https://arxiv.org/abs/1711.05101, Algorithm 2). With ``quantum=0``, Adam with it equals
-    ``torch.optim.AdamW`` to the bit. Outside of ``optimizer.step`` the param groups hold what you
-    set.
+    https://arxiv.org/abs/1711.05101, Algorithm 2). With ``quantum=0``, Adam + ``DecoupledWD``
+    equals ``torch.optim.AdamW`` to the bit. Outside of ``optimizer.step`` the param groups hold
+    what you set.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, also wrapped by Lightning, Fabric or Accelerate.
-        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
-            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
-            param group; a mapping from parameters to these, such as ``{"head.*": 0.1, "*": 0.01}``,
-            with keys as in ``exclude``, of which the first match counts; or None for each group's
-            own weight decay, read at every step. A group whose own weight decay is 0 while
-            another's is not does not decay, unless ``wd`` is a sequence.
-        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+        wd: The coefficient, at least 0. A number, or a schedule: a callable from training progress
+            (0.0 at the first step, towards 1.0) to a coefficient. Or a sequence of these, one per
+            param group. Or a mapping from parameters to these, such as
+            ``{"head.*": 0.1, "*": 0.01}``; keys are entries as in ``exclude``, and the first one
+            that matches counts. None: each group's own weight decay, read at every step. If some
+            groups have a weight decay of 0 and others do not, those with 0 do not decay, unless
+            ``wd`` is a sequence.
+        scale_by: The factor that multiplies ``wd`` in a step. ``"lr"``: ``lr``. ``"lr_ratio"``:
             ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
             the param group to a number, or a sequence of these, one per group.
         max_lr: The peak learning rate, above 0, a number or one per group. None: the group's
-            ``max_lr``, else its ``initial_lr``, else its ``lr`` at the first step or when attached,
-            the larger one.
-        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+            ``max_lr``, else its ``initial_lr``, else its ``lr`` when attached or at the first step,
+            whichever is larger.
+        exclude: Parameters that do not decay, one entry or several: ``"bias"``, ``"norm"``,
             ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
             (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
             full parameter name, a module type or its dotted path, or a predicate
             ``(name, parameter) -> bool``. All but ``"vector"`` need ``model``.
-        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
-            before its first update. Or a mapping from parameter name to tensor, such as a
-            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
-        cautious: If True, only elements decay that the update moves towards the anchor as well
+        anchor: The values that weights decay towards. None: zero. ``"initial"``: each parameter's
+            value right before its first update. Or a mapping from parameter name to tensor, such as
+            a pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, an element decays only if the update moves it towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
-            ``2**-6``. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16 ``2**-6``; with an
+            anchor ``2**-10``, ``2**-5`` and ``2**-3``. 0: apply every step.
         verbose: If True, print ``describe()`` at the first step, on rank zero.
         model: The model that names the parameters.
-        total_steps: Number of calls of ``optimizer.step`` in the run; a schedule needs it.
-        steps_per_epoch: Number of them in an epoch, for ``Timescale(epochs=...)``.
-        progress: Returns the training progress in [0, 1], for loops that do not count steps.
+        total_steps: Number of calls of ``optimizer.step`` in the run. A schedule needs it, or
+            ``progress``.
+        steps_per_epoch: Number of these calls in an epoch, for ``Timescale(epochs=...)``.
+        progress: A callable that returns the training progress in [0, 1]. It replaces
+            ``total_steps`` in loops that do not count steps.
 
     Raises:
-        TypeError, ValueError: An argument is invalid or does not fit the optimizer, or decay from
-            outside would be lost on it. Later, from ``optimizer.step`` and before a weight has
-            changed: a coefficient is negative, NaN or infinite, or a shrink 1 or more.
+        TypeError, ValueError: An argument is invalid or does not fit the optimizer, or the
+            optimizer would lose decay from outside. ``optimizer.step`` raises, before a weight
+            changes, if a coefficient is negative, NaN or infinite, or if a shrink is 1 or more.
 
     Examples:
         >>> import torch
@@ -145,12 +148,12 @@ class DecoupledWD(Adapter):
 
     @property
     def steps(self) -> int:
-        """How many steps were made, those before a checkpoint included."""
+        """The number of steps so far, including those before a checkpoint."""
         return self._attached.decay.steps
 
     @property
     def is_attached(self) -> bool:
-        """Whether the optimizer's steps decay."""
+        """True while the optimizer's steps decay."""
         return self._attached.is_attached
 
     def describe(self, parameters: bool = False) -> Description:
@@ -190,13 +193,14 @@ class DecoupledWD(Adapter):
         return {**steps, **self._attached.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where ``state_dict`` was called. Load the optimizer's state first.
+        """Continue from where ``state_dict`` was called. Load the optimizer's state first.
 
-        The arguments of this object stay in force; a warning names those that differ from the
+        The arguments of this object stay in force. A warning names those that differ from the
         saved ones.
 
         Raises:
-            ValueError: It is not such a state, or of other param groups. Nothing changes then.
+            ValueError: ``state`` is not one of ``state_dict``, or is that of other param groups.
+                Nothing changes then.
         """
         check_entries(state, steps=is_count, total_steps=lambda _: True)
         self._attached.load_state_dict(state)

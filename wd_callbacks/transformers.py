@@ -42,42 +42,43 @@ ANCHORS_FILE = "decoupled_wd_anchors.pt"
 class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     """Decays the weights by ``lr * wd`` right before their update, with any optimizer.
 
-    On every step each weight with a gradient is multiplied by ``1 - lr * wd``, and the optimizer
-    makes its update with a weight decay of 0 (Loshchilov & Hutter,
+    Right before its update, each weight with a gradient is multiplied by ``1 - lr * wd``. The
+    optimizer makes the update with a weight decay of 0 (Loshchilov & Hutter,
     https://arxiv.org/abs/1711.05101, Algorithm 2). The Trainer puts biases and norms into a second
-    param group, which does not decay. A run that is resumed from a checkpoint goes on where it was.
+    param group, which does not decay. A run that is resumed from a checkpoint continues where it
+    stopped.
 
     Args:
-        wd: The coefficient, at least 0. A number; a schedule (a callable from training progress,
-            0.0 at the first step, towards 1.0, to a coefficient); a sequence of these, one per
-            param group; a mapping from parameters to these, such as ``{"lm_head*": 0.1, "*":
-            0.01}``, with keys as in ``exclude``, of which the first match counts; or None for
-            ``args.weight_decay``.
-        scale_by: What ``wd`` is multiplied by in one step. ``"lr"``: ``lr``. ``"lr_ratio"``:
+        wd: The coefficient, at least 0. A number, or a schedule: a callable from training progress
+            (0.0 at the first step, towards 1.0) to a coefficient. Or a sequence of these, one per
+            param group, the second one included. Or a mapping from parameters to these, such as
+            ``{"lm_head*": 0.1, "*": 0.01}``; keys are entries as in ``exclude``, and the first one
+            that matches counts. None: ``args.weight_decay``.
+        scale_by: The factor that multiplies ``wd`` in a step. ``"lr"``: ``lr``. ``"lr_ratio"``:
             ``lr / max_lr``. ``"lr_squared"``: ``lr**2 / max_lr``. ``"none"``: 1. Or a callable from
             the param group to a number, or a sequence of these, one per group.
         max_lr: The peak learning rate, above 0, a number or one per group. None: the group's
             ``max_lr``, else its ``initial_lr`` (``args.learning_rate``), else its ``lr`` when
             training starts.
-        exclude: Parameters that do not decay, an entry or several: ``"bias"``, ``"norm"``,
+        exclude: Parameters that do not decay, one entry or several: ``"bias"``, ``"norm"``,
             ``"embedding"``, ``"vector"`` (fewer than two dimensions), ``"marked"``
             (``p._no_weight_decay``, or named by a module's ``no_weight_decay()``), a glob on the
             full parameter name, a module type or its dotted path, or a predicate
             ``(name, parameter) -> bool``.
-        anchor: What weights decay towards. None: zero. ``"initial"``: each parameter's value right
-            before its first update. Or a mapping from parameter name to tensor, such as a
-            pretrained ``state_dict()``; parameters that it does not name decay towards zero.
-        cautious: If True, only elements decay that the update moves towards the anchor as well
+        anchor: The values that weights decay towards. None: zero. ``"initial"``: each parameter's
+            value right before its first update. Or a mapping from parameter name to tensor, such as
+            a pretrained ``state_dict()``; parameters that it does not name decay towards zero.
+        cautious: If True, an element decays only if the update moves it towards the anchor as well
             (arXiv 2510.12402).
         quantum: Smallest shrink that is applied at once, in [0, 1); smaller ones are deferred and
-            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16
-            ``2**-6``. 0: apply every step.
+            added up. None: ``2**-20``, for float16 ``2**-8``, for bfloat16 ``2**-6``; with an
+            anchor ``2**-10``, ``2**-5`` and ``2**-3``. 0: apply every step.
         verbose: If True, print ``describe()`` when training starts, in the main process.
 
     Raises:
         TypeError, ValueError: An argument is invalid or, when training starts, does not fit the
-            optimizer. At a step and before a weight has changed: a coefficient is negative, NaN or
-            infinite, or a shrink 1 or more.
+            optimizer. A step raises, before a weight changes, if a coefficient is negative, NaN or
+            infinite, or if a shrink is 1 or more.
 
     Examples:
         >>> from transformers import Trainer, TrainingArguments
@@ -134,7 +135,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer, and go on from a checkpoint's state."""
+        """Attach to the optimizer, and continue from a checkpoint's state."""
         if len(_running_trainers()) > 1 and self._attached and self._attached.is_attached:
             raise ValueError(
                 "this DecoupledWD is in the middle of another Trainer's training: build one per "
@@ -215,7 +216,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the state where the Trainer saves it, if the metric turns out to be the best."""
+        """Put the state where the Trainer saves it: the metric may be the best so far."""
         if self._attached is not None and self._attached.is_attached:
             self._store(state)
 
