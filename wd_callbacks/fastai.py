@@ -57,8 +57,8 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             `ParamScheduler` can set it. If some groups have a `wd` of 0 and others do not, those
             with 0 do not decay, unless `wd` is a sequence.
         scale_by: The factor that multiplies `wd` in a step. `"lr"`: `lr`. `"lr_ratio"`:
-            `lr/max_lr`. `"lr_squared"`: `lr**2/max_lr`. `"none"`: 1. Or a callable from the param group to a
-            number, or a sequence of these, one per group.
+            `lr/max_lr`. `"lr_squared"`: `lr**2/max_lr`. `"none"`: 1. Or a callable from the param
+            group to a number, or a sequence of these, one per group.
         max_lr: The peak learning rate, above 0, a number or one per group. None: the maximum of the
             fit's `lr` schedule, else the `lr` it starts with.
         exclude: Parameters that do not decay, one entry or several: `"bias"`, `"norm"`,
