@@ -1,4 +1,4 @@
-"""Accelerate: a schedule, accumulation, and a decay that save_state and load_state know.
+"""Accelerate: a schedule, accumulation, and a decay that save_state and load_state include.
 
 python examples/recipes/accelerate_loop.py
 """
@@ -24,7 +24,7 @@ def train(first: int, last: int) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     loader = DataLoader(TensorDataset(x, y), batch_size=50)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = EPOCHS * len(loader) // 2  # of the optimizer
+    steps = EPOCHS * len(loader) // 2  # optimizer steps
     decay = DecoupledWD(optimizer, Cosine(0.1, 0), model=model, exclude="bias", total_steps=steps)
     accelerator.register_for_checkpointing(decay)
     if first:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scikit-learn's digits: images (64 values in [0, 1]) and labels, to train and to test.
+    """Return scikit-learn's digits: images (64 values in [0, 1]) and labels.
 
-    1,400 of them are to train on, 397 to test.
+    The first 1,400 are to train on, the other 397 to test.
     """
     x, y = map(torch.tensor, load_digits(return_X_y=True))
     x = x.float() / 16
@@ -21,7 +21,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @functools.cache
 def text(files: int = 40) -> Tensor:
-    """Return source files of Python's standard library as tokens, one per byte, below 128."""
+    """Return source files of Python's standard library as tokens in [0, 128), one per byte."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:files]
     source = bytearray(b"".join(path.read_bytes() for path in paths))
     return torch.frombuffer(source, dtype=torch.uint8).long().clamp(max=127)

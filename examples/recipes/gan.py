@@ -1,4 +1,4 @@
-"""A GAN by manual optimization, in which the discriminator alone decays.
+"""A GAN with manual optimization: only the discriminator decays.
 
 python examples/recipes/gan.py
 """

@@ -8,7 +8,7 @@ class GPT(nn.Module):
     """Two causal transformer layers over 128 tokens.
 
     Args:
-        length: Tokens that it sees at once.
+        length: Number of tokens in its context.
     """
 
     def __init__(self, length: int) -> None:

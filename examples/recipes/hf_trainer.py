@@ -29,7 +29,7 @@ args = TrainingArguments(
     report_to="tensorboard",
     use_cpu=True,
 )
-decay = DecoupledWD(Cosine(0.1, 0.01), verbose=True)  # the Trainer's no-decay group stays one
+decay = DecoupledWD(Cosine(0.1, 0.01), verbose=True)  # biases and norms do not decay
 trainer = Trainer(
     GPT2LMHeadModel(config),
     args,

@@ -22,7 +22,7 @@ def train(first: int, last: int) -> nn.Module:
     torch.manual_seed(0)
     model = GPT(BLOCK)
     optimizer = torch.optim.Adam(model.parameters(), lr=MAX_LR, betas=(0.9, 0.95))
-    decay = DecoupledWD(optimizer, 0.1, exclude="vector")  # nanoGPT: matrices alone
+    decay = DecoupledWD(optimizer, 0.1, exclude="vector")  # nanoGPT's rule: only matrices decay
     saved = {"model": model, "optimizer": optimizer, "decay": decay}
     for name in saved if first else ():
         saved[name].load_state_dict(torch.load(PATH)[name])

@@ -29,10 +29,10 @@ model = timm.create_model(
 groups = param_groups_layer_decay(
     model, weight_decay=0.1, layer_decay=0.8, no_weight_decay_list=model.no_weight_decay()
 )
-for group in groups:  # NAdam knows nothing of lr_scale; timm's scheduler does
+for group in groups:  # NAdam ignores lr_scale; timm's scheduler applies it
     group["lr"] = LR * group["lr_scale"]
 optimizer = torch.optim.NAdam(groups, lr=LR)
-decay = DecoupledWD(optimizer, model=model)  # None: the weight decay of each group, 0.1 or 0
+decay = DecoupledWD(optimizer, model=model)  # wd=None: each group's own, 0.1 or 0
 steps = EPOCHS * len(x) // BATCH
 scheduler = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
 
