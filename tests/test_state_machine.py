@@ -759,7 +759,7 @@ def check_weight(x, y, old, new, due, totals, on_device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_machine(name):
-    examples = 200 if DEEP else 40 if name == "Adam fused" else 18  # it alone handles overflows
+    examples = 200 if DEEP else 30 if name == "Adam fused" else 12  # it alone handles overflows
     bounds = settings(
         derandomize=not DEEP,
         max_examples=int(os.environ.get("MACHINE_EXAMPLES", examples)),
