@@ -21,7 +21,6 @@ from wd_callbacks.schedules import Cosine, Linear
 from wd_callbacks.transformers import ANCHORS_FILE, STATE_KEY, DecoupledWD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-gc.freeze()  # Trainers collect garbage, of what was imported as well
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -49,6 +48,7 @@ TO_EVALUATE = {"eval_strategy": "epoch", "eval_dataset": DATA[:4]}
 @pytest.fixture
 def build(tmp_path):
     """Returns a Trainer; options that it does not know go to its TrainingArguments."""
+    gc.freeze()  # it collects garbage when it starts, among all that was imported
 
     def build(*callbacks, model=None, trainer=Trainer, data=DATA, out="run", **options):
         own = {name: options.pop(name) for name in OWN if name in options}
