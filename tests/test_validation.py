@@ -782,7 +782,8 @@ def test_an_invalid_state_is_refused_and_nothing_changes(key):  # P9, P10
         states = [{**good, key: value} for value in values]
         states += [] if key in OPTIONAL else [{k: v for k, v in good.items() if k != key}]
     for state in states:
-        with refused(optimizer, ValueError, f"not the state of a.*({key}|lists|lacks)|the state is of"):
+        pattern = f"not the state of a.*({key}|lists|lacks)|the state is of"
+        with refused(optimizer, ValueError, pattern):
             decay.load_state_dict(copy.deepcopy(state))
         assert decay.state_dict() == before
     assert later(model, optimizer, decay) == resumed()
