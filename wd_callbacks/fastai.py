@@ -141,7 +141,10 @@ class DecoupledWD(Adapter, Callback):  # type: ignore[misc]
             ValueError: No fit has started to train, or its optimizer is gone.
         """
         if self._attached is None:
-            raise ValueError("there is nothing to describe before a fit has started to train")
+            raise ValueError(
+                "there is nothing to describe before a fit has started to train: call describe() "
+                "later, or pass verbose=True"
+            )
         description: Description = self._attached.describe(parameters=parameters)
         return description
 

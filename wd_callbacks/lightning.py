@@ -340,7 +340,10 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             ValueError: No training has started, or its optimizers are gone.
         """
         if not self._decays:
-            raise ValueError("there is nothing to describe before training has started")
+            raise ValueError(
+                "there is nothing to describe before training has started: call describe() later, "
+                "or pass verbose=True"
+            )
         several = len(self._decays) > 1
         return Description(
             row

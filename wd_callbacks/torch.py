@@ -114,7 +114,7 @@ class DecoupledWD(Adapter):
         if self.config.maps_optimizers:
             raise TypeError(
                 f"wd maps optimizer indices, got {self.config!r}, but a plain loop attaches one "
-                f"DecoupledWD to each optimizer: pass each the wd of its optimizer"
+                f"DecoupledWD to each optimizer: build one per optimizer, each with its own wd"
             )
         if self.config.is_scheduled and total_steps is None and progress is None:
             raise ValueError(

@@ -128,7 +128,10 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             ValueError: No training has started, or its optimizer is gone.
         """
         if self._attached is None:
-            raise ValueError("there is nothing to describe before training has started")
+            raise ValueError(
+                "there is nothing to describe before training has started: call describe() later, "
+                "or pass verbose=True"
+            )
         description: Description = self._attached.describe(parameters=parameters)
         return description
 

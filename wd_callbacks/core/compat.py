@@ -39,8 +39,8 @@ LR, WD = 7e-3, 0.1  # of the other checks; no usual lr, as some optimizers compa
 
 
 NO_OPTIMIZER = (
-    ", the first argument of DecoupledWD of wd_callbacks.torch. As a callback, import DecoupledWD "
-    "from wd_callbacks.fastai, wd_callbacks.lightning or wd_callbacks.transformers"
+    ". DecoupledWD of wd_callbacks.torch takes the optimizer first; for a callback, import "
+    "DecoupledWD from wd_callbacks.fastai, wd_callbacks.lightning or wd_callbacks.transformers"
 )
 
 
@@ -140,7 +140,7 @@ def _instead(thing: Any) -> str:
         return ""
     if "deepspeed" in f"{type(thing).__module__}.{type(thing).__name__}".lower():
         return (
-            ", and DeepSpeed may update other copies of the weights than its 'optimizer' holds: "
+            ". DeepSpeed may update other copies of the weights than its 'optimizer' holds: "
             "use AdamW's own weight decay, or shard with torch's fully_shard (Lightning's "
             "ModelParallelStrategy)"
         )
