@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant("core/rules.py", "if not 0 <= amount < 1:", "if not 0 <= amount:", "test_validation"),
     Mutant("core/deferred.py", "if total < quantum:", "if False:", "test_deferred"),
     Mutant("core/deferred.py", "(1.0, 5 / 6, 2 / 3) if", "(1.0,) if", "test_deferred"),
-    Mutant("core/layout.py", "updated.discard(p)", "pass", "test_step"),
+    Mutant("core/layout.py", "updated.discard(p)", "pass", "test_changing_parameters"),
     Mutant("core/layout.py", "if p in selected}", "if False}", "test_changing_parameters"),
     Mutant("core/step.py", "group[key] = _ZERO", "pass", "test_step"),
     Mutant("core/step.py", "group[key] = value", "pass", "test_step"),

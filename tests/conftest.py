@@ -1,3 +1,4 @@
+import gc
 import zlib
 
 import pytest
@@ -8,6 +9,10 @@ from helpers import FOREIGN_WARNINGS
 def pytest_configure(config):
     for text in FOREIGN_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # Trainers and tests collect garbage: not among all that was imported
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def zero_loss(prediction, target):
 
 def learner(*cbs, opt_func=FastaiSGD, loss_func=zero_loss, batches=BATCHES):
     data = [(torch.ones(4), torch.ones(1))] * batches
-    dls = DataLoaders.from_dsets(data, data[:1], bs=1, device="cpu")
+    dls = DataLoaders.from_dsets(data, data[:1], bs=1, device="cpu", num_workers=0)
     model = nn.Linear(4, 1)
     path = tempfile.mkdtemp()
     settings = {"opt_func": opt_func, "loss_func": loss_func, "path": path, "lr": LR, "wd": OWN}

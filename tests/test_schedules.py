@@ -71,6 +71,7 @@ CLOSED_FORMS = [
 def check_copies(schedule):
     """Checks that it is frozen, and equals what its text and its pickle make."""
     assert eval(repr(schedule), vars(schedules)) == pickled(schedule) == schedule
+    assert hash(pickled(schedule)) == hash(schedule)
     assert schedule != Linear(0.123, 0.456)
     with pytest.raises(AttributeError):
         schedule.start = 0

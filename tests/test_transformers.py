@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 from pathlib import Path
 
@@ -48,7 +47,6 @@ TO_EVALUATE = {"eval_strategy": "epoch", "eval_dataset": DATA[:4]}
 @pytest.fixture
 def build(tmp_path):
     """Returns a Trainer; options that it does not know go to its TrainingArguments."""
-    gc.freeze()  # it collects garbage when it starts, among all that was imported
 
     def build(*callbacks, model=None, trainer=Trainer, data=DATA, out="run", **options):
         own = {name: options.pop(name) for name in OWN if name in options}

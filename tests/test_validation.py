@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import math
 import pickle
 import re
@@ -67,8 +66,6 @@ from wd_callbacks.schedules import (
 )
 from wd_callbacks.torch import DecoupledWD
 from wd_callbacks.transformers import DecoupledWD as TrainerWD
-
-gc.freeze()  # Trainers collect garbage, of what was imported as well
 
 WD = 0.1
 EITHER = (TypeError, ValueError)

@@ -190,6 +190,9 @@ class Steps:
         begun = max(begin for begin in self.values if begin <= _clamped(progress) + TOLERANCE)
         return float(self.values[begun])
 
+    def __hash__(self) -> int:
+        return hash(tuple(self.values.items()))
+
 
 @dataclass(frozen=True)
 class Join:

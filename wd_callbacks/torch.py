@@ -257,7 +257,7 @@ def _start(attached: Attached) -> None:
     if config.verbose and not (distributed and torch.distributed.get_rank()):
         print(attached.describe())
     needs_state = config.anchor == "initial" or (config.is_scheduled and decay.setup.run.steps)
-    if needs_state and decay.steps == 0 and _has_stepped(attached.optimizer):
+    if needs_state and decay.steps == 0 and _has_stepped(attached):
         decay.warn(
             "the optimizer has stepped already, but this DecoupledWD is new: a schedule starts at "
             "its beginning, and anchor='initial' takes the current weights. To resume, call "
@@ -265,9 +265,10 @@ def _start(attached: Attached) -> None:
         )
 
 
-def _has_stepped(optimizer: Optimizer) -> bool:
-    steps = [values.get("step", 1) for values in optimizer.state.values()]
-    return any(not (isinstance(step, Tensor) and step.is_cpu) or step > 0 for step in steps)
+def _has_stepped(attached: Attached) -> bool:
+    setup = attached.steps_of_setup
+    steps = [values.get("step", 1) for values in attached.optimizer.state.values()]
+    return any((isinstance(step, Tensor) and not step.is_cpu) or step > setup for step in steps)
 
 
 def _host_lr(group: Any) -> float:

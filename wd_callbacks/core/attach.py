@@ -88,6 +88,7 @@ class Attached:
         self._step = Step(decay, groups, progress, first, on_divergence)
         self._optimizer = weakref.ref(optimizer, lambda _: decay.release())
         self._on_start, self._is_running = on_start, is_running
+        self.steps_of_setup = 0  # that torch made for the optimizer's state alone
         self._depth = 0  # of `step` calls: one may call `super().step()`
         # Traced by torch.compile, a coefficient would be a constant to be compiled anew.
         self._handles: list[RemovableHandle] = [
@@ -175,6 +176,7 @@ class Attached:
         self._depth = 1
         if not optimizer.state and STATE_SETUP in sys.modules and _is_called_from(STATE_SETUP):
             self._step.skip()
+            self.steps_of_setup = 1
             return None
         if self._on_start is not None:
             on_start, self._on_start = self._on_start, None
