@@ -336,7 +336,7 @@ def with_overlap(params):
 
 NO_HOOKS = "never runs step hooks"
 NO_OPTIMIZER = r"must be a torch\.optim\.Optimizer, got "
-FIRST = "takes the optimizer first.* import DecoupledWD from wd_callbacks.fastai, .*lightning or .*transf"
+FIRST = ".* takes the optimizer first.* import DecoupledWD from wd_callbacks.fastai, .*lightning or .*transf"
 REFUSED = {
     "SAM": (lambda ps: SAM(ps, lr=0.1), ValueError, ATTACH),
     "without hooks": (lambda ps: WithoutHooks(sgd(ps)), ValueError, f"{NO_HOOKS}.*{ATTACH}"),
@@ -369,7 +369,7 @@ REFUSED = {
     "a namespace": (
         lambda ps: types.SimpleNamespace(optimizer=sgd(ps)),
         TypeError,
-        "SimpleNamespace, the first",
+        "SimpleNamespace.*takes the optimizer first",
     ),
     "a scheduler": (
         lambda ps: torch.optim.lr_scheduler.ConstantLR(sgd(ps)),
@@ -378,8 +378,8 @@ REFUSED = {
     ),
     "a class": (lambda ps: SGD, TypeError, f"{NO_OPTIMIZER}type"),
     "a list": (lambda ps: [sgd(ps)], TypeError, f"{NO_OPTIMIZER}list"),
-    "None": (lambda ps: LightningOptimizer(None), TypeError, f"{NO_OPTIMIZER}NoneType, {FIRST}"),
-    "a number": (lambda ps: 1e-4, TypeError, f"{NO_OPTIMIZER}float, {FIRST}"),
+    "None": (lambda ps: LightningOptimizer(None), TypeError, f"{NO_OPTIMIZER}NoneType{FIRST}"),
+    "a number": (lambda ps: 1e-4, TypeError, f"{NO_OPTIMIZER}float{FIRST}"),
 }
 
 
