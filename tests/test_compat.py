@@ -336,7 +336,7 @@ def with_overlap(params):
 
 NO_HOOKS = "never runs step hooks"
 NO_OPTIMIZER = r"must be a torch\.optim\.Optimizer, got "
-FIRST = ".* takes the optimizer first.* import DecoupledWD from wd_callbacks.fastai, .*lightning or .*transf"
+FIRST = ".* takes the optimizer first.* import DecoupledWD from wd_callbacks.fastai, .*transformers"
 REFUSED = {
     "SAM": (lambda ps: SAM(ps, lr=0.1), ValueError, ATTACH),
     "without hooks": (lambda ps: WithoutHooks(sgd(ps)), ValueError, f"{NO_HOOKS}.*{ATTACH}"),
