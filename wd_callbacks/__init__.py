@@ -12,12 +12,19 @@ import sys
 __version__ = "0.2.0"
 
 
+FRAMEWORKS = (
+    "DecoupledWD has one class per framework: import it from wd_callbacks.torch (plain loops), "
+    "wd_callbacks.fastai, wd_callbacks.lightning or wd_callbacks.transformers"
+)
+SCHEDULES = ["Cosine", "Exponential", "Join", "Linear", "Normalized", "Polynomial", "Restarts"]
+SCHEDULES += ["Steps", "Timescale"]
+ELSEWHERE = {name: f"import {name} from wd_callbacks.schedules" for name in SCHEDULES}
+ELSEWHERE["DecoupledWD"] = FRAMEWORKS
+
+
 def __getattr__(name: str) -> object:
-    """Raise an error that lists the modules to import DecoupledWD from."""
+    """Raise an error that names the modules to import from."""
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module 'wd_callbacks' has no attribute {name!r}")
     is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"  # and not getattr()
-    if name == "DecoupledWD" and is_import:
-        raise ImportError(
-            "DecoupledWD has one class per framework: import it from wd_callbacks.torch (plain "
-            "loops), wd_callbacks.fastai, wd_callbacks.lightning or wd_callbacks.transformers"
-        )
-    raise AttributeError(f"module 'wd_callbacks' has no attribute {name!r}")
+    raise (ImportError if is_import else AttributeError)(ELSEWHERE[name])

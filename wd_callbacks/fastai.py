@@ -18,9 +18,9 @@ from wd_callbacks.core import table
 from wd_callbacks.core.adapter import Adapter
 from wd_callbacks.core.attach import attach
 from wd_callbacks.core.config import Config
-from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.decay import Decay, make_decay
 from wd_callbacks.core.groups import Group
-from wd_callbacks.core.layout import Setup, check_parameters, make_layout
+from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.selection import Selection
 from wd_callbacks.core.step import Position, Step
 from wd_callbacks.core.table import Description
@@ -322,10 +322,7 @@ class _AttachedStep:
         groups = _groups(opt)
         for message in _compatibility(opt):
             setup.warn(message)
-        setup.config.check_groups(groups)
-        self.decay = decay = Decay(setup)
-        decay.layout = make_layout(decay.setup, groups, (), decay.layout)
-        check_parameters(decay.setup, groups, decay.layout)
+        self.decay = decay = make_decay(setup, groups)
         self._opt = weakref.ref(opt, lambda _: decay.release())
         self._step = Step(decay, lambda: _groups(self.opt), position, on_divergence=on_divergence)
         self._is_running = is_running

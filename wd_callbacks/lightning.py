@@ -21,7 +21,7 @@ from wd_callbacks.core.config import Config
 from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.rules import scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
-from wd_callbacks.core.state import NOT_A_STATE, changes, check_entries, is_amount, is_count
+from wd_callbacks.core.state import NOT_A_STATE, check_entries, is_amount, is_count
 from wd_callbacks.core.step import Position
 from wd_callbacks.core.table import Description
 from wd_callbacks.core.warn import warn
@@ -214,9 +214,8 @@ class _Optimizer:
     def state_dict(self, run: _Run) -> dict[str, Any]:
         """Return the state, with the position of the next step and the length of the run."""
         position = None if self.has_stepped else self.position.value
-        decay = self.attached.decay
-        extra = {"steps": decay.steps, "total_steps": None}
-        return {**extra, **self.attached.state_dict(), "position": position, "length": run.length()}
+        own = {"position": position, "length": run.length(), "total_steps": None}
+        return {**self.attached.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any], run: _Run) -> None:
         """Go on from a saved state."""
@@ -227,19 +226,43 @@ class _Optimizer:
         else:  # version 0.1.0 counted batches
             check_entries(state, done=lambda done: done is None or is_count(done))
             position = _fraction(state["done"], state["length"])
-        self.attached.load_state_dict(state)
         decay, length = self.attached.decay, run.length()
-        decay.steps = self.steps_before = self.steps_logged = state["steps"]
+        lengths = {"length": (state["length"], length)} if decay.setup.config.is_scheduled else {}
+        self.attached.load_state_dict(state, **lengths)
+        self.steps_before = self.steps_logged = decay.steps
         self.position.value = position if state["length"] == length else None
         self.is_skipped = False
-        lengths = {"length": (state["length"], length)} if decay.setup.config.is_scheduled else {}
-        for message in changes(decay, state, lengths):
-            decay.warn(message)
 
 
 def _fraction(done: int | None, length: Any) -> float | None:
     """Return the part of a run of ``length`` batches that is ``done``."""
     return min(done / length, 1.0) if done is not None and is_amount(length) and length else None
+
+
+class _StateKey(property):
+    """A property that Trainers read first, to check their callbacks: it checks them too."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Return the key.
+
+        Raises:
+            TypeError: A Trainer has the class as a callback.
+            ValueError: A Trainer has two callbacks with the same key.
+        """
+        caller = sys._getframe(1)  # in place of Lightning's own errors, which do not name these
+        if caller.f_code.co_name == "_validate_callbacks_list":
+            callbacks = caller.f_locals["callbacks"]
+            if _CLASS in callbacks:
+                raise TypeError(
+                    "callbacks has the class DecoupledWD, expected an instance: DecoupledWD(1e-4)"
+                )
+            same = [cb for cb in callbacks if isinstance(cb, _CLASS)]
+            if sum(cb.optimizers == instance.optimizers for cb in same) > 1:
+                raise ValueError(
+                    "this Trainer has two DecoupledWD for the same optimizers, which would decay "
+                    "twice: merge them, or pass different optimizers= to each"
+                )
+        return super().__get__(instance, owner)
 
 
 class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
@@ -351,21 +374,9 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             for row in each.attached.describe(f"{index}/" if several else "", parameters)
         )
 
-    @property
+    @_StateKey
     def state_key(self) -> str:
-        """The key of the saved state: the same for callbacks that act on the same optimizers.
-
-        Raises:
-            ValueError: A Trainer has two of these.
-        """
-        caller = sys._getframe(1)  # in place of Lightning's own error, which does not name these
-        if caller.f_code.co_name == "_validate_callbacks_list":
-            others = [cb for cb in caller.f_locals["callbacks"] if isinstance(cb, _CLASS)]
-            if sum(cb.optimizers == self.optimizers for cb in others) > 1:
-                raise ValueError(
-                    "this Trainer has two DecoupledWD for the same optimizers, which would decay "
-                    "twice: merge them, or pass different optimizers= to each"
-                )
+        """The key of the saved state: the same for callbacks that act on the same optimizers."""
         return self._state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -424,7 +435,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
             if index in self._loaded:
                 self._decays[index].load_state_dict(self._loaded[index], run)
         self._loaded = {}
-        self._watch = watch(self._meet)
+        self._watch = watch(self._replace)
         if self.config.verbose:
             rank_zero_only(print)(self.describe())
 
@@ -454,7 +465,7 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
         for each in self._decays.values():
             each.start_batch(self._run)
 
-    def _meet(self, optimizer: Any) -> None:
+    def _replace(self, optimizer: Any) -> None:
         """Go on with an optimizer of the Trainer's that has replaced another one."""
         trainer = self._trainer and self._trainer()
         for index, old in self._decays.items() if trainer is not None else ():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wd_callbacks.core.checks import check_count, number
+from wd_callbacks.core.checks import check_count, is_sequence, number
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.rules import GroupState, make_rule
 from wd_callbacks.schedules import Run
@@ -73,6 +73,8 @@ def plan(
         ([0.05, 0.05], [0.95, 0.9025])
     """
     check_count("steps", steps)
+    if wd is None or is_sequence(wd) or isinstance(wd, Mapping):
+        raise TypeError(f"wd must be a number or a schedule, got {wd!r}: plan one at a time")
     lrs = [number(lr(i / steps) if callable(lr) else lr, "lr") for i in range(steps)]
     config = Config(wd, scale_by, max_lr=max(lrs) if max_lr is None else max_lr)
     state = GroupState(float(config.max_lr), is_guess=False, no_decay=False)

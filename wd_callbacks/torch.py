@@ -16,9 +16,10 @@ from wd_callbacks.core.attach import Attached, Progress, attach, check_unattache
 from wd_callbacks.core.checks import check_count, number
 from wd_callbacks.core.config import Config
 from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.groups import host_lr
 from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.selection import Selection
-from wd_callbacks.core.state import changes, check_entries, is_count
+from wd_callbacks.core.state import check_entries
 from wd_callbacks.core.table import Description
 from wd_callbacks.schedules import Run
 
@@ -129,7 +130,7 @@ class DecoupledWD(Adapter):
             self.config,
             Selection(self.config.exclude, self.config.keys, model),
             Run(self.total_steps, steps_per_epoch),
-            least_lrs=[_host_lr(group) for group in optimizer.param_groups],
+            least_lrs=[host_lr(group) for group in optimizer.param_groups],
         )
         self._attached = attach(optimizer, setup, self._position(), _start, rereads_groups=True)
 
@@ -189,8 +190,7 @@ class DecoupledWD(Adapter):
         Raises:
             ValueError: The optimizer is gone.
         """
-        steps = {"steps": self.steps, "total_steps": self.total_steps}
-        return {**steps, **self._attached.state_dict()}
+        return {**self._attached.state_dict(), "total_steps": self.total_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where ``state_dict`` was called. Load the optimizer's state first.
@@ -202,13 +202,9 @@ class DecoupledWD(Adapter):
             ValueError: ``state`` is not one of ``state_dict``, or is that of other param groups.
                 Nothing changes then.
         """
-        check_entries(state, steps=is_count, total_steps=lambda _: True)
-        self._attached.load_state_dict(state)
-        decay = self._attached.decay
-        decay.steps = state["steps"]
-        lengths = {"total_steps": (state["total_steps"], self.total_steps)}
-        for message in changes(decay, state, lengths):
-            decay.warn(message)
+        check_entries(state, total_steps=lambda _: True)
+        length = state["total_steps"], self.total_steps
+        self._attached.load_state_dict(state, total_steps=length)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies decay the copied optimizer, which they hold."""
@@ -267,12 +263,6 @@ def _start(attached: Attached) -> None:
 
 def _has_stepped(attached: Attached) -> bool:
     setup = attached.steps_of_setup
-    steps = [values.get("step", 1) for values in attached.optimizer.state.values()]
+    states = [each for each in attached.optimizer.state.values() if isinstance(each, dict)]
+    steps = [values.get("step", 1) for values in states]
     return any((isinstance(step, Tensor) and not step.is_cpu) or step > setup for step in steps)
-
-
-def _host_lr(group: Any) -> float:
-    """Return the learning rate of a group; 0 if it is none, or on a device."""
-    lr = group.get("lr")
-    is_known = isinstance(lr, float | int) or (isinstance(lr, Tensor) and lr.is_cpu)
-    return float(lr) if is_known else 0.0

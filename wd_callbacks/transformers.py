@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -18,7 +20,7 @@ from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.rules import Rule, scheduler_max_lrs
 from wd_callbacks.core.selection import Selection
-from wd_callbacks.core.state import changes, check_entries, is_count
+from wd_callbacks.core.state import check_entries
 from wd_callbacks.core.step import Position
 from wd_callbacks.core.table import Description
 from wd_callbacks.core.warn import warn
@@ -147,9 +149,9 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         handler = sys._getframe(1).f_locals["self"]
         self._stand_before_reporters(handler)
         self.detach()
-        self._attached = None
+        self._attached, self._steps_logged = None, 0
         self._attach(args, state, handler, unwrapped(kwargs["optimizer"]))
-        self._watch = watch(self._meet)
+        self._watch = watch(self._replace)
         saved = (state.stateful_callbacks or {}).get(STATE_KEY)
         if saved is not None:
             self._load(state, saved)
@@ -183,12 +185,13 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             max_lrs=scheduler_max_lrs(handler.lr_scheduler),
             no_decay=[False, True] if _are_trainers(optimizer.param_groups, model) else (),
         )
-        attached = attach(optimizer, setup, self._position, is_running=_running_trainers)
+        is_running = functools.partial(_is_training, weakref.ref(self))
+        attached = attach(optimizer, setup, self._position, is_running=is_running)
         if self._attached is not None:
             attached.inherit(self._attached)
         self._attached, self._optimizer = attached, optimizer
 
-    def _meet(self, optimizer: Any) -> None:
+    def _replace(self, optimizer: Any) -> None:
         """Go on with an optimizer of the Trainer's that has replaced another one."""
         for trainer in _running_trainers():
             handler = trainer.callback_handler
@@ -269,20 +272,16 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     def _store(self, state: TrainerState) -> None:
         saved = self._attached.state_dict()
         saved.pop("anchors", None)
-        steps = {"steps": self._attached.decay.steps, "max_steps": state.max_steps}
-        state.stateful_callbacks[STATE_KEY] = {**steps, **saved}
+        state.stateful_callbacks[STATE_KEY] = {**saved, "max_steps": state.max_steps}
 
     def _load(self, state: TrainerState, saved: dict[str, Any]) -> None:
-        check_entries(saved, steps=is_count, max_steps=lambda _: True)
+        check_entries(saved, max_steps=lambda _: True)
         if self.config.anchor == "initial":
             saved = {**saved, "anchors": torch.load(_anchors_file(state), weights_only=True)}
-        self._attached.load_state_dict(saved)
-        decay = self._attached.decay
-        decay.steps = self._steps_logged = saved["steps"]
-        is_scheduled = self.config.is_scheduled
-        lengths = {"max_steps": (saved["max_steps"], state.max_steps)} if is_scheduled else {}
-        for message in changes(decay, saved, lengths):
-            decay.warn(message)
+        length = saved["max_steps"], state.max_steps
+        lengths = {"max_steps": length} if self.config.is_scheduled else {}
+        self._attached.load_state_dict(saved, **lengths)
+        self._steps_logged = self._attached.decay.steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run."""
@@ -304,6 +303,12 @@ def _running_trainers() -> list[Trainer]:
             trainers.append(trainer)
         frame = frame.f_back
     return trainers
+
+
+def _is_training(callback: Any) -> bool:
+    """Return True if a Trainer with this callback is training."""
+    this = callback()
+    return any(this in trainer.callback_handler.callbacks for trainer in _running_trainers())
 
 
 def _checkpoint(state: TrainerState) -> str:

@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from wd_callbacks.core import compat, state, table
-from wd_callbacks.core.decay import Decay
+from wd_callbacks.core.decay import Decay, make_decay
 from wd_callbacks.core.groups import Group
-from wd_callbacks.core.layout import Setup, check_parameters, make_layout
+from wd_callbacks.core.layout import Setup
 from wd_callbacks.core.step import Step
 from wd_callbacks.core.table import Description
 
@@ -57,12 +57,10 @@ def attach(
             fit it.
     """
     optimizer = checked(optimizer)
-    setup.config.check_groups(optimizer.param_groups)
+    setup.config.check_groups(optimizer.param_groups)  # before toy copies step
     for message in compat.check_compatible(optimizer, setup.config.follows_lr):
         setup.warn(message)
-    decay = Decay(setup)
-    decay.layout = make_layout(decay.setup, optimizer.param_groups, (), decay.layout)
-    check_parameters(decay.setup, optimizer.param_groups, decay.layout)
+    decay = make_decay(setup, optimizer.param_groups)
     decay.rereads_groups = rereads_groups
     return Attached(optimizer, decay, progress, on_start, on_divergence, is_running)
 
@@ -120,6 +118,11 @@ class Attached:
         """Whether the optimizer's steps decay."""
         return bool(self._handles) and self._optimizer() is not None
 
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether its run was interrupted, so that nothing has detached it."""
+        return self._is_running is not None and not self._is_running()
+
     def is_of(self, optimizer: Any) -> bool:
         """Return True if it is attached to ``optimizer``."""
         return self._optimizer() is optimizer
@@ -142,9 +145,14 @@ class Attached:
         """Return what ``load_state_dict`` needs to go on, as plain numbers."""
         return state.state_dict(self.decay, self.optimizer.param_groups)
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from ``saved``, which is checked first."""
-        state.load_state_dict(self.decay, saved, self.optimizer.param_groups)
+    def load_state_dict(self, saved: dict[str, Any], **lengths: tuple[Any, Any]) -> None:
+        """Go on from ``saved``, which is checked first; warn of what has changed since.
+
+        Args:
+            saved: The state.
+            lengths: What tells the length of the run, as saved and in this run.
+        """
+        state.load_state_dict(self.decay, saved, self.optimizer.param_groups, lengths)
 
     def settle(self) -> None:
         """Restore what a step that raised has left behind."""
@@ -223,32 +231,36 @@ def checked(optimizer: Any) -> Optimizer:
 
 def check_unattached(optimizer: Optimizer) -> None:
     """Raise ValueError if a DecoupledWD is attached to ``optimizer``."""
-    if has_decay(optimizer):
+    other = attached_to(optimizer)
+    if other is not None and other.is_left_behind:
+        other.detach()
+    elif other is not None:
         raise ValueError(
             f"this {type(optimizer).__name__} has a DecoupledWD attached already, and two would "
             f"decay twice: detach the other one first, or merge their arguments"
         )
 
 
-def has_decay(optimizer: Optimizer) -> bool:
-    """Return True if a DecoupledWD is attached to ``optimizer``."""
+def attached_to(optimizer: Optimizer) -> Attached | None:
+    """Return the DecoupledWD that is attached to ``optimizer``."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
         method = getattr(hook, "__wrapped__", None)  # below torch.compile's
-        if type(getattr(method, "__self__", None)) is Attached:
-            return True
-    return False
+        owner = getattr(method, "__self__", None)
+        if type(owner) is Attached:
+            return owner
+    return None
 
 
-def watch(meet: Callable[[Optimizer], None]) -> RemovableHandle:
-    """Call ``meet`` right before a step of an optimizer to which no DecoupledWD is attached.
+def watch(on_new: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Call ``on_new`` right before a step of an optimizer to which no DecoupledWD is attached.
 
-    That may be one that has replaced another during a run. The method ``meet`` is held weakly.
+    That may be one that has replaced another during a run. The method ``on_new`` is held weakly.
     """
-    method = weakref.WeakMethod(meet)
+    method = weakref.WeakMethod(on_new)
 
     def before_step(optimizer: Optimizer, *_: object) -> None:
         call = method()
-        if call is not None and not has_decay(optimizer):
+        if call is not None and attached_to(optimizer) is None:
             call(optimizer)
 
     return register_optimizer_step_pre_hook(untraced(before_step))

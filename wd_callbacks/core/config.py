@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import Any
@@ -62,6 +62,8 @@ class Config:
     def __post_init__(self) -> None:
         """Check what can be checked before an optimizer is known."""
         exclude = tuple(self.exclude) if _is_listed(self.exclude) else (self.exclude,)
+        if isinstance(self.exclude, Set):  # in an order that is the same in every process
+            exclude = tuple(sorted(exclude, key=repr))
         plain = {
             "wd": _plain(self.wd),
             "max_lr": _plain(self.max_lr),
@@ -79,7 +81,7 @@ class Config:
             check_entry("exclude", entry)
         self._check_quantum()
         for name in ("cautious", "verbose"):
-            if not isinstance(getattr(self, name), int | None):
+            if getattr(self, name) not in (True, False, None):
                 raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
 
     def _check_quantum(self) -> None:

@@ -18,7 +18,14 @@ from wd_callbacks.core.cautious import CautiousStep
 from wd_callbacks.core.deferred import Call
 from wd_callbacks.core.groups import Group, own_wd
 from wd_callbacks.core.inplace import below_autograd, lerp_, multiply_, on_device_
-from wd_callbacks.core.layout import Layout, Setup, check_groups, make_layout, updated_params
+from wd_callbacks.core.layout import (
+    Layout,
+    Setup,
+    check_groups,
+    check_parameters,
+    make_layout,
+    updated_params,
+)
 from wd_callbacks.core.rules import Shrink
 from wd_callbacks.core.warn import Once
 
@@ -137,7 +144,8 @@ class Decay:
         """Add up what was due in this step, and warn of what the user should know."""
         layout, shrinks = self.layout, self.shrinks
         for index in layout.active:
-            layout.rules[index].add_due(shrinks[index].amount, is_known)
+            rule = layout.rules[index]
+            rule.add_due(groups[rule.group], shrinks[index].amount, is_known)
         if layout.watched:
             self._check_lrs()
         is_rounded = layout.anchors and self._cautious is None
@@ -149,8 +157,10 @@ class Decay:
             )
         if not layout.params:
             self._count_without_gradient()
-        elif not self._has_started:
-            self._without_gradient, self._has_started = 0, True
+            return
+        self._without_gradient = 0
+        if not self._has_started:
+            self._has_started = True
             self._check_start(groups)
 
     def _check_lrs(self) -> None:
@@ -184,11 +194,15 @@ class Decay:
         )
         if rules and not active and all(rule.wd == 0 and not rule.is_no_decay for rule in rules):
             return  # the user asked for it
-        if not active or (is_zero and not self.setup.schedules_own_wd):
+        if not active:
             self.warn(
                 "nothing decays: every parameter with a gradient is excluded, in a no-decay group, "
-                "matched by no key of wd, or (with wd=None) in a group whose own weight decay is "
-                "0. Print describe(parameters=True) to see why"
+                "or matched by no key of wd. Print describe(parameters=True) to see why"
+            )
+        elif is_zero and not self.setup.schedules_own_wd:
+            self.warn(
+                "nothing decays: wd is None, and the weight decay of every param group is 0. Pass "
+                "a coefficient, as in DecoupledWD(0.1), or set the groups' own weight decay"
             )
 
     def _check_capture(self, layout: Layout, shrinks: Sequence[Shrink]) -> None:
@@ -207,6 +221,18 @@ class Decay:
                     f"a CUDA graph cannot defer a shrink, and {amount:g} is below the quantum: "
                     f"pass quantum=0, or keep lr in a tensor on the device"
                 )
+
+
+def make_decay(setup: Setup, groups: Sequence[Group]) -> Decay:
+    """Return a decay of ``groups``, checked against them.
+
+    Raises:
+        ValueError: The config does not fit the groups or their parameters.
+    """
+    decay = Decay(setup)
+    decay.layout = make_layout(decay.setup, groups, (), decay.layout)
+    check_parameters(decay.setup, groups, decay.layout)
+    return decay
 
 
 def shrink_(

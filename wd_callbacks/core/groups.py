@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from wd_callbacks.core.checks import number
 
 Group: TypeAlias = MutableMapping[str, Any]
@@ -19,6 +21,15 @@ def wd_key(group: Group) -> str | None:
         if key in group:
             return key
     return None
+
+
+def host_lr(group: Group) -> float:
+    """Return the learning rate of a group; 0.0 if it has none, or one on a device."""
+    lr = group.get("lr")
+    if type(lr) is float:
+        return lr
+    is_known = isinstance(lr, float | int) or (isinstance(lr, Tensor) and lr.is_cpu)
+    return float(lr) if is_known else 0.0  # type: ignore[arg-type]
 
 
 def own_wd(group: Group, index: int) -> float:

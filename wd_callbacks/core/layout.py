@@ -73,8 +73,6 @@ class Layout:
         deferred: What parameters outside of the buckets have deferred.
         anchors: Of every parameter that has one.
         selected: What the entries of ``exclude`` and the keys of ``wd`` say of every parameter.
-        active: The indices of the rules that have a bucket.
-        watched: The rules whose ``max_lr`` matters.
     """
 
     params: Sequence[Tensor] = ()
@@ -85,8 +83,21 @@ class Layout:
     deferred: Mapping[Tensor, Deferred] = field(default_factory=dict)
     anchors: Mapping[Tensor, Tensor] = field(default_factory=dict)
     selected: Mapping[Tensor, Selected] = field(default_factory=dict)
-    active: Sequence[int] = ()
-    watched: Sequence[Rule] = ()
+
+    @functools.cached_property
+    def active(self) -> list[int]:
+        """The indices of the rules that have a bucket."""
+        return sorted({bucket.rule for bucket in self.buckets()})
+
+    @functools.cached_property
+    def watched(self) -> list[Rule]:
+        """The active rules whose ``max_lr`` matters."""
+        return [self.rules[i] for i in self.active if self.rules[i].uses_max_lr]
+
+    @functools.cached_property
+    def with_gradient(self) -> set[Tensor]:
+        """The parameters that have had a gradient in some step."""
+        return {*self.all_deferred(), *self.params}
 
     def buckets(self) -> Iterator[Bucket]:
         """Return all buckets."""
@@ -145,10 +156,8 @@ def make_layout(
             anchors[p] = anchor = follow(anchor, p)
         _add(setup, buckets, rule, p, anchor, deferred.pop(p, Deferred()))
     sizes = [len(group["params"]) for group in groups]
-    active = sorted({bucket.rule for bucket in buckets.values()})
-    watched = [rules[i] for i in active if rules[i].uses_max_lr]
     calls = _calls(list(buckets.values()))
-    return Layout(params, sizes, states, rules, calls, deferred, anchors, selected, active, watched)
+    return Layout(params, sizes, states, rules, calls, deferred, anchors, selected)
 
 
 def _decaying(

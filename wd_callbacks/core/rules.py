@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 from wd_callbacks.core.checks import is_sequence, number, of_group
 from wd_callbacks.core.config import RATIOS, Config, schedule_name
-from wd_callbacks.core.groups import Group, own_wd
+from wd_callbacks.core.groups import Group, host_lr, own_wd
 from wd_callbacks.schedules import Run, Schedule, needs_max_lr, resolved
 
 
@@ -66,7 +66,6 @@ class Rule:
         uses_max_lr: Whether the decay depends on ``max_lr``.
         source: What ``wd`` is called in errors.
         schedule: Name of the schedule that the user gave; empty if there is none.
-        lr: Learning rate of the last step, a number or a tensor.
         highest_lr: Largest learning rate of a step so far.
         due: ``-log`` of the factor due so far, for parameters with a gradient at every step.
         is_known: False if lr or found_inf stayed on the device, so that ``due`` is unknown.
@@ -82,7 +81,6 @@ class Rule:
     uses_max_lr: bool = False
     source: str = "wd"
     schedule: str = ""
-    lr: Any = 0.0
     highest_lr: float = 0.0
     due: float = 0.0
     is_known: bool = True
@@ -93,11 +91,11 @@ class Rule:
         """What the user wrote that depends on ``max_lr``."""
         return f"scale_by={self.scale_by!r}" if self.scale_by in RATIOS else f"wd={self.schedule}"
 
-    def add_due(self, amount: float | Tensor, is_known: bool) -> None:
+    def add_due(self, group: Group, amount: float | Tensor, is_known: bool) -> None:
         """Add up what a step was due to subtract, if the host knows."""
-        lr = self.lr
-        if (type(lr) is float or lr.is_cpu) and lr > self.highest_lr:
-            self.highest_lr = float(lr)
+        lr = host_lr(group)
+        if lr > self.highest_lr:
+            self.highest_lr = lr
         if type(amount) is not float:
             self.is_known = False
         elif amount:
@@ -164,7 +162,6 @@ class Rule:
             lr = _scalar(lr, f"param group {self.group}: lr")
             if group.get("fused") and isinstance(lr, Tensor) and lr.is_cpu:
                 lr = lr.item()  # torch's fused updates compute with it in double precision
-        self.lr = lr
         if scale_by == "lr":
             return lr
         assert self.max_lr is not None

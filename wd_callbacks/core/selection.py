@@ -24,7 +24,8 @@ NORM_NAME = re.compile(
     r"([Rr][Mm][Ss]|Layer|Batch|Group|Instance|Evo|FilterResponse)Norm|Norm(\dd)?(Gated)?$"
 )
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPED |= {"_forward_module", "_original_module"}  # Fabric's, both of the same parameters
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they hold it as `module`
 
 Match = Callable[[str, Tensor, Sequence[nn.Module]], bool]
@@ -240,12 +241,15 @@ def _first(
 
 def _named_parameters(model: nn.Module) -> Named:
     """Yield every name of every parameter, with the modules that it is in, the innermost last."""
+    seen = set()
 
     def visit(module: nn.Module, path: tuple[str, ...], above: tuple[nn.Module, ...]) -> Named:
         inside = (*above, module)
-        for name, p in module._parameters.items():
-            if p is not None:
-                yield ".".join((*path, name)), p, inside
+        for own, p in module._parameters.items():
+            name = ".".join((*path, own))
+            if p is not None and (name, p) not in seen:
+                seen.add((name, p))
+                yield name, p, inside
         for name, child in module._modules.items():
             if child is not None and child not in inside:
                 wrapped = name in WRAPPED or (name == "module" and isinstance(module, WRAPPERS))
@@ -355,4 +359,6 @@ def _raise_unmatched(what: str, entry: Any, names: Sequence[str]) -> None:
     if isinstance(entry, str):
         near = difflib.get_close_matches(entry, [*names, *WORDS], n=3, cutoff=0)
         message += f"; the nearest are {', '.join(map(repr, near))}"
+        if any(name.startswith(f"{entry}.") for name in names):
+            message += f". For all parameters of the module, pass '{entry}.*'"
     raise ValueError(message)

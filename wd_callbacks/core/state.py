@@ -32,6 +32,7 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
     saved = groups if layout.groups else ()
     rows = [[deferred.pop(p, Deferred()) for p in group["params"]] for group in saved]
     state = {
+        "steps": decay.steps,
         "arguments": decay.setup.config.record(),
         "lr_max": [group.max_lr for group in layout.groups],
         "guess": [int(group.is_guess) for group in layout.groups],
@@ -50,8 +51,19 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
     return state
 
 
-def load_state_dict(decay: Decay, state: Mapping[str, Any], groups: Sequence[Group]) -> None:
+def load_state_dict(
+    decay: Decay,
+    state: Mapping[str, Any],
+    groups: Sequence[Group],
+    lengths: Mapping[str, tuple[Any, Any]],
+) -> None:
     """Go on from what ``state_dict`` returned; the arguments of ``decay`` stay in force.
+
+    Args:
+        decay: The decay, with the arguments of this run.
+        state: The saved state.
+        groups: The optimizer's param groups.
+        lengths: What tells the length of the run, as saved and in this run.
 
     Raises:
         ValueError: It is not such a state, or of other param groups. Nothing changes then.
@@ -75,24 +87,18 @@ def load_state_dict(decay: Decay, state: Mapping[str, Any], groups: Sequence[Gro
     coefficients = [rule.coefficient(groups[rule.group], progress) for rule in rules]
     # Only now, as any of it may have raised.
     decay.rereads_groups = layout is None
-    decay.layout, decay.progress = (
-        layout or make_layout(decay.setup, groups, (), Layout()),
-        progress,
-    )
+    decay.layout = layout or make_layout(decay.setup, groups, (), Layout())
+    decay.steps, decay.progress = state["steps"], progress
     decay.shrinks = [Shrink(coefficient, 0.0, 1.0) for coefficient in coefficients]
+    for message in _changes(config, state, lengths):
+        decay.warn(message)
 
 
-def changes(
-    decay: Decay, state: Mapping[str, Any], lengths: Mapping[str, tuple[Any, Any]]
+def _changes(
+    config: Config, state: Mapping[str, Any], lengths: Mapping[str, tuple[Any, Any]]
 ) -> list[str]:
-    """Return a warning for each argument that is not that of the run that was saved.
-
-    Args:
-        decay: The decay, with the arguments of this run.
-        state: The saved state.
-        lengths: What tells the length of the run, as saved and in this run.
-    """
-    old, new = state["arguments"], decay.setup.config.record()
+    """Return a warning for each argument that is not that of the run that was saved."""
+    old, new = state["arguments"], config.record()
     names = [name for name in new if name in old and name != "shown"]
     texts = old.get("shown", {}), new["shown"]
     pairs = {
@@ -183,6 +189,7 @@ def check(state: Any, sizes: list[int]) -> None:
     """Raise ValueError unless ``state`` is that of a decay of param groups of these sizes."""
     check_entries(
         state,
+        steps=is_count,
         arguments=lambda value: isinstance(value, Mapping),
         owed=_all(_all(lambda value: is_amount(value) and value < MAX_DEFERRED)),
         payments=_all(_all(is_count)),

@@ -215,7 +215,8 @@ def describe_parameters(decay: Decay, groups: Sequence[Group], label: str = "") 
 def _layout(decay: Decay, groups: Sequence[Group]) -> Layout:
     """Return the layout in force, or what it will be if groups are new."""
     sizes = [len(group["params"]) for group in groups]
-    if decay.layout.groups and decay.layout.sizes == sizes:
+    is_known = all(p in decay.layout.selected for group in groups for p in group["params"])
+    if decay.layout.groups and decay.layout.sizes == sizes and is_known:
         return decay.layout
     quiet = replace(decay.setup, warn=lambda message: None)  # it is said when training starts
     return make_layout(quiet, groups, (), decay.layout)
@@ -297,8 +298,7 @@ def _reason(
         return "coefficient 0"
     if not p.requires_grad:
         return FROZEN
-    has_had_gradient = p in layout.all_deferred() or any(p is q for q in layout.params)
-    return "" if has_had_gradient or not decay.steps else NO_GRADIENT
+    return "" if p in layout.with_gradient or not decay.steps else NO_GRADIENT
 
 
 def _anchor(decay: Decay, layout: Layout, p: Tensor) -> str:
