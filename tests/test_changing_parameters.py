@@ -70,6 +70,24 @@ def test_many_steps_without_any_gradient_warn_once():  # P7
     assert torch.equal(p.detach(), torch.ones(2))
 
 
+def test_steps_without_gradient_that_are_not_in_a_row_do_not_warn():  # P7
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SGD([p], lr=0.1)
+    DecoupledWD(optimizer, 0.5)
+    for i in range(50):
+        p.grad = torch.zeros(2) if i % 2 else None
+        optimizer.step()
+    assert p[0].item() == pytest.approx(0.95**25)
+
+
+def test_describe_knows_a_parameter_that_has_replaced_another():  # P7
+    optimizer = SGD([parameter(2), parameter(3)], lr=0.1)
+    decay = DecoupledWD(optimizer, 0.5)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][1] = parameter(4)
+    assert [row.shape for row in decay.describe(parameters=True)] == [(2,), (4,)]
+
+
 def test_mixed_dtypes_in_one_group():  # P5
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
     params = [parameter(3, dtype=dtype) for dtype in dtypes]

@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import (
 
 from wd_callbacks.fastai import DecoupledWD as FastaiWD
 from wd_callbacks.lightning import DecoupledWD as LightningWD
-from wd_callbacks.schedules import Timescale
+from wd_callbacks.schedules import Steps, Timescale
 from wd_callbacks.torch import DecoupledWD
 from wd_callbacks.transformers import DecoupledWD as TrainerWD
 
@@ -223,3 +223,13 @@ def test_fastai_s_schedule_of_lr_is_no_guess():
     learn = learner(decay)
     quietly(learn, "fit", 2, 0.1, cbs=ParamScheduler({"lr": SchedCos(0.3, 0.01)}))
     assert decay.describe()[0].max_lr == pytest.approx(0.3)
+
+
+def test_a_peak_that_lr_has_while_the_coefficient_is_0_counts():
+    optimizer = still(lr=1.0)
+    schedule = Steps({0: 0, 0.25: 0.1})
+    decay = DecoupledWD(optimizer, schedule, scale_by="lr_ratio", total_steps=8)
+    for i in range(8):
+        optimizer.param_groups[0]["lr"] = 1.0 if i < 2 else 0.1
+        optimizer.step()  # without a warning
+    assert decay.describe()[0].highest_lr == 1.0

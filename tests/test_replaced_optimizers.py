@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.optimizer import SGD as FastaiSGD
 from fastai.optimizer import OptimWrapper
 from still import (
     BATCHES,
@@ -522,3 +523,45 @@ def test_an_interrupted_run_leaves_no_decay_behind(run):  # P3
     factor = Factor(model)
     optimizer.step()
     assert factor() == pytest.approx(1 - 0.1 * 0.37)  # its own weight decay, and no other
+
+
+def again_fastai(opt_func):
+    def run(next_one):
+        first = [FastaiWD(1.0), at(FastaiCallback, "after_batch", stop)]
+        learn = learner(*first, opt_func=opt_func)
+        with pytest.raises(RuntimeError, match="stop"):
+            quietly(learn, "fit", 1, 0.1)
+        learn.remove_cbs(first)
+        factor = Factor(learn.model)
+        quietly(learn, "fit", 1, 0.1, cbs=FastaiWD(next_one) if next_one else None)
+        return factor()
+
+    return run
+
+
+def again_trainer(next_one):
+    model = StillNet()
+    pair = sgd(model.parameters()), None
+    first = hf_trainer(
+        TrainerWD(1.0), at(TrainerCallback, "on_step_end", stop), model=model, optimizers=pair
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        first.train()
+    factor = Factor(model)
+    callbacks = [TrainerWD(next_one)] if next_one else []
+    hf_trainer(*callbacks, model=model, epochs=1, optimizers=pair).train()
+    return factor()
+
+
+AGAIN = {
+    "fastai": again_fastai(FastaiSGD),
+    "torch's in fastai": again_fastai(WRAPPED),
+    "Trainer": again_trainer,
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("next_one", [0.5, None])
+def test_a_run_after_an_interrupted_one_decays_as_it_asks(name, next_one):  # P1, P3, P10
+    step = 1 - 0.1 * (next_one or 0.37)  # without a callback the optimizer's own weight decay
+    assert AGAIN[name](next_one) == pytest.approx(step**4, rel=1e-5)

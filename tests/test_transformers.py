@@ -159,6 +159,13 @@ def test_names_in_the_logs(callback, is_split, expected, train):  # P13
     assert logged(trainer) == {name: pytest.approx(values) for name, values in expected.items()}
 
 
+def test_each_training_logs(build):  # P13
+    trainer = build(DecoupledWD(0.1), max_steps=2, logging_steps=2)
+    for _ in range(2):
+        trainer.train()
+        assert logged(trainer) == {"wd": [0.1]}
+
+
 @pytest.mark.parametrize("disable_tqdm", [True, False])
 def test_the_console_shows_it(disable_tqdm, train, capsys):  # P7, P13
     callback = DecoupledWD(Cosine(0.125, 0), verbose=True)

@@ -170,3 +170,13 @@ def test_fabric_with_a_closure_and_a_checkpoint(tmp_path, attached):  # P1, P3, 
     it, again = start()
     it.load(tmp_path / "state.ckpt", again)
     assert all(map(torch.equal, whole, train(it, again, range(6, 12))))
+
+
+@pytest.mark.parametrize("package", [lightning.fabric, lightning_fabric])
+def test_a_parameter_in_fabric_has_one_name(package):  # P12
+    model, optimizer = package.Fabric(accelerator="cpu", devices=1).setup(
+        net := network(), Adam(net.parameters())
+    )
+    names = [name for name, _ in net.named_parameters()]
+    decay = DecoupledWD(optimizer, {names[0]: 0.1, "*": 0.2}, exclude=names[1], model=model)
+    assert [row.name for row in decay.describe(parameters=True)] == names
