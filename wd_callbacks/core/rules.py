@@ -93,7 +93,9 @@ class Rule:
 
     def add_due(self, group: Group, amount: float | Tensor, is_known: bool) -> None:
         """Add up what a step was due to subtract, if the host knows."""
-        lr = host_lr(group)
+        lr = group.get("lr")
+        if type(lr) is not float:
+            lr = host_lr(group)
         if lr > self.highest_lr:
             self.highest_lr = lr
         if type(amount) is not float:
