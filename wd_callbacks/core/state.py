@@ -10,7 +10,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from wd_callbacks.core.deferred import MAX_DEFERRED, Deferred
 from wd_callbacks.core.groups import Group
 from wd_callbacks.core.layout import Layout, make_layout
 from wd_callbacks.core.rules import GroupState, Shrink
+
+Lengths: TypeAlias = Mapping[str, tuple[Any, Any]]
+"""What tells the length of the run, by its name: as saved and in this run."""
 
 NOT_A_STATE = "this is not the state of a DecoupledWD"
 
@@ -52,10 +55,7 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def load_state_dict(
-    decay: Decay,
-    state: Mapping[str, Any],
-    groups: Sequence[Group],
-    lengths: Mapping[str, tuple[Any, Any]],
+    decay: Decay, state: Mapping[str, Any], groups: Sequence[Group], lengths: Lengths
 ) -> None:
     """Go on from what ``state_dict`` returned; the arguments of ``decay`` stay in force.
 
@@ -63,7 +63,7 @@ def load_state_dict(
         decay: The decay, with the arguments of this run.
         state: The saved state.
         groups: The optimizer's param groups.
-        lengths: What tells the length of the run, as saved and in this run.
+        lengths: The length of the run.
 
     Raises:
         ValueError: It is not such a state, or of other param groups. Nothing changes then.
@@ -94,9 +94,7 @@ def load_state_dict(
         decay.warn(message)
 
 
-def _changes(
-    config: Config, state: Mapping[str, Any], lengths: Mapping[str, tuple[Any, Any]]
-) -> list[str]:
+def _changes(config: Config, state: Mapping[str, Any], lengths: Lengths) -> list[str]:
     """Return a warning for each argument that is not that of the run that was saved."""
     old, new = state["arguments"], config.record()
     names = [name for name in new if name in old and name != "shown"]
