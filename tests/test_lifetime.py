@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
+from fastai.optimizer import SGD as FastaiSGD
+from fastai.optimizer import OptimWrapper
 from helpers import network, one_weight, parameter, pickled, zero_gradients
+from still import learner, quietly
 from torch import nn
 
+from wd_callbacks.fastai import DecoupledWD as FastaiWD
 from wd_callbacks.schedules import Linear
 from wd_callbacks.torch import DecoupledWD
 
@@ -71,6 +76,18 @@ def test_optimizer_and_model_die_without_the_collector(arguments, raises, is_hel
                 method()
         decay.detach()
         assert not decay.is_attached
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(
+    "opt_func", [FastaiSGD, functools.partial(OptimWrapper, opt=torch.optim.SGD)]
+)
+def test_what_a_fit_has_attached_is_in_no_cycle(opt_func):  # P11
+    callback = FastaiWD(0.1)
+    quietly(learner(opt_func=opt_func), "fit", 1, 0.1, cbs=callback)
+    reference = weakref.ref(callback._attached)
+    callback._attached = None
+    assert reference() is None
 
 
 def test_a_decay_that_nobody_holds_acts():  # P11

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -225,11 +226,17 @@ def test_fastai_s_schedule_of_lr_is_no_guess():
     assert decay.describe()[0].max_lr == pytest.approx(0.3)
 
 
-def test_a_peak_that_lr_has_while_the_coefficient_is_0_counts():
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_a_peak_that_lr_has_while_the_coefficient_is_0_counts(kind):
     optimizer = still(lr=1.0)
     schedule = Steps({0: 0, 0.25: 0.1})
     decay = DecoupledWD(optimizer, schedule, scale_by="lr_ratio", total_steps=8)
     for i in range(8):
-        optimizer.param_groups[0]["lr"] = 1.0 if i < 2 else 0.1
+        optimizer.param_groups[0]["lr"] = kind(1.0 if i < 2 else 0.1)
         optimizer.step()  # without a warning
     assert decay.describe()[0].highest_lr == 1.0
+
+
+def test_a_timescale_that_does_not_follow_lr_has_no_peak_to_warn_of():
+    _, said = run_plain(still(lr=1e-3), lr=lambda i: 1e-3 * (i + 1), scale_by="none")
+    assert not said

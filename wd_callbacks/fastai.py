@@ -323,8 +323,8 @@ class _AttachedStep:
         for message in _compatibility(opt):
             setup.warn(message)
         self.decay = decay = make_decay(setup, groups)
-        self._opt = weakref.ref(opt, lambda _: decay.release())
-        self._step = Step(decay, lambda: _groups(self.opt), position, on_divergence=on_divergence)
+        self._opt = opt_ref = weakref.ref(opt, lambda _: decay.release())
+        self._step = Step(decay, lambda: _groups(opt_ref()), position, on_divergence=on_divergence)
         self._is_running = is_running
         self._replaced = vars(opt).get("step")
         self._inner: Any = opt.step

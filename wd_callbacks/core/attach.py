@@ -192,7 +192,7 @@ class Attached:
         found_inf = vars(optimizer).get("found_inf")  # set by GradScaler for fused optimizers
         if found_inf is not None and not isinstance(found_inf, Tensor):
             found_inf = None
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs:  # no closure to wrap
             self._step.before((), kwargs, found_inf)
             return None
         args, kwargs = self._step.before(args[1:], kwargs, found_inf)
@@ -230,7 +230,7 @@ def checked(optimizer: Any) -> Optimizer:
 
 
 def check_unattached(optimizer: Optimizer) -> None:
-    """Raise ValueError if a DecoupledWD is attached to ``optimizer``."""
+    """Raise ValueError if a DecoupledWD is attached; detach one whose run was interrupted."""
     other = attached_to(optimizer)
     if other is not None and other.is_left_behind:
         other.detach()

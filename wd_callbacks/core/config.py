@@ -158,8 +158,9 @@ class Config:
 
     def uses_max_lr(self, index: int) -> bool:
         """Whether the decay of param group ``index`` depends on its ``max_lr``."""
-        wd = of_group(self.wd, index)
-        return of_group(self.scale_by, index) in RATIOS or any(map(needs_max_lr, _coefficients(wd)))
+        scale_by = of_group(self.scale_by, index)
+        coefficients = _coefficients(of_group(self.wd, index))
+        return any(depends_on_max_lr(scale_by, wd) for wd in coefficients)
 
     def check_groups(self, groups: Sequence[Group]) -> None:
         """Check the arguments against the param groups of an optimizer.
@@ -206,6 +207,11 @@ class Config:
             "cautious": int(bool(self.cautious)),
             "shown": {name: _shown(getattr(self, name)) for name in compared},
         }
+
+
+def depends_on_max_lr(scale_by: Any, wd: Any) -> bool:
+    """Return True if a decay by ``scale_by`` and one coefficient depends on ``max_lr``."""
+    return scale_by in RATIOS or (scale_by == "lr" and needs_max_lr(wd))
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -25,11 +26,9 @@ def wd_key(group: Group) -> str | None:
 
 def host_lr(group: Group) -> float:
     """Return the learning rate of a group; 0.0 if it has none, or one on a device."""
-    lr = group.get("lr")
-    if type(lr) is float:
-        return lr
-    is_known = isinstance(lr, float | int) or (isinstance(lr, Tensor) and lr.is_cpu)
-    return float(lr) if is_known else 0.0  # type: ignore[arg-type]
+    lr: Any = group.get("lr")
+    is_known = isinstance(lr, Real) or (isinstance(lr, Tensor) and lr.is_cpu)
+    return float(lr) if is_known else 0.0
 
 
 def own_wd(group: Group, index: int) -> float:

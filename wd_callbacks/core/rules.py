@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 from wd_callbacks.core.checks import is_sequence, number, of_group
-from wd_callbacks.core.config import RATIOS, Config, schedule_name
+from wd_callbacks.core.config import RATIOS, Config, depends_on_max_lr, schedule_name
 from wd_callbacks.core.groups import Group, host_lr, own_wd
-from wd_callbacks.schedules import Run, Schedule, needs_max_lr, resolved
+from wd_callbacks.schedules import Run, Schedule, resolved
 
 
 class Shrink(NamedTuple):
@@ -208,7 +208,7 @@ def make_rule(config: Config, run: Run, index: int, state: GroupState, key: str 
         wd = resolved(wd, replace(run, peak_scale=_peak_scale(scale_by, state.max_lr)))
     elif wd is not None:
         wd = float(wd)
-    uses_max_lr = scale_by in RATIOS or needs_max_lr(given)
+    uses_max_lr = depends_on_max_lr(scale_by, given)
     return Rule(
         group=index,
         key=key,
@@ -296,9 +296,9 @@ def scheduler_max_lrs(scheduler: Any) -> list[float]:
     if known or isinstance(scheduler, ABSOLUTE):
         return known
     groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
-    lrs = [group["lr"] for group in groups]
+    lrs = list(map(host_lr, groups))
     last, base = getattr(scheduler, "_last_lr", ()), getattr(scheduler, "base_lrs", ())
-    if last == lrs or not (len(last) == len(base) == len(lrs) and all(last)):
+    if last == lrs or not (len(last) == len(base) == len(lrs) and all(last) and all(lrs)):
         return []
     return [float(top * lr / of) for top, lr, of in zip(base, lrs, last)]
 

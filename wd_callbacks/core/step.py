@@ -72,11 +72,10 @@ class Step:
             self.cancel()  # what a step that raised has left behind
         groups = self._groups()
         closure: Any = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
-        has_closure = closure is not None and callable(closure)
-        self._awaits_closure = has_closure and not self._decays_first
+        self._awaits_closure = callable(closure) and not self._decays_first
         if not self._awaits_closure:
             self._decay(groups, found_inf)
-        if has_closure:
+        if callable(closure):
             evaluate = self._wrapped(closure, found_inf)
             if "closure" in kwargs:
                 kwargs = {**kwargs, "closure": evaluate}
