@@ -49,6 +49,7 @@ class Step:
         self.is_attached = True
         self._groups, self._progress, self._decays_first = groups, progress, decays_first
         self._on_divergence = on_divergence
+        self._is_cautious = decay.setup.config.cautious
         self._zeroed: list[tuple[Group, str, Any]] = []
         self._awaits_closure = False
 
@@ -68,7 +69,7 @@ class Step:
         Returns:
             The arguments to step with: a closure is wrapped.
         """
-        if self._zeroed or self.decay.setup.config.cautious:
+        if self._zeroed or self._is_cautious:
             self.cancel()  # what a step that raised has left behind
         groups = self._groups()
         closure: Any = kwargs.get("closure", args[0] if args else None) if args or kwargs else None
@@ -118,7 +119,7 @@ class Step:
 
     def after(self) -> None:
         """Restore the weight decay after the update, and warn of what went wrong."""
-        if self.decay.setup.config.cautious:
+        if self._is_cautious:
             self.decay.finish_()
         if not self.restore():
             self.decay.warn(
