@@ -2,10 +2,10 @@
 # Runs the tests on sets of versions, each in a virtual environment of its own, and prints a line
 # for each set:
 #
-#   newest   the newest releases, on python3
-#   python   the newest releases for the oldest Python that pyproject.toml allows
+#   newest     the newest releases, on python3
+#   python     the newest releases for the oldest Python that pyproject.toml allows
 #   python313  the newest releases on Python 3.13
-#   oldest   on that Python, the oldest torch, fastai and pytorch-lightning that it allows
+#   oldest     on that Python, the oldest torch, fastai, pytorch-lightning and transformers
 #
 #     scripts/versions.sh                  # all sets; removes the environments
 #     scripts/versions.sh oldest           # one of them
@@ -85,7 +85,8 @@ for set in "$@"; do
         python313) try python313 "${PYTHON_313:-python3.13}" ;;
         oldest)
             try oldest "${PYTHON_OLDEST:-$oldest_python}" \
-                "$(lowest torch)" "$(lowest fastai)" "$lightning" "${lightning#pytorch-}"
+                "$(lowest torch)" "$(lowest fastai)" "$lightning" "${lightning#pytorch-}" \
+                "$(lowest 'transformers\[torch\]')"
             ;;
     esac
 done

@@ -54,7 +54,11 @@ def build(name):
         try:
             return model_class(small(config_class))
         except Exception:  # a size that does not fit another one
+            pass
+        try:
             return model_class(config_class())
+        except ValueError:
+            pytest.skip("this version of transformers cannot build it")
 
 
 def excluded(model, entries):

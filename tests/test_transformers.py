@@ -194,9 +194,13 @@ RESUMED = {  # arguments, and whether the Trainer restores its callbacks
     "mapping": ({"anchor": {"classifier.weight": torch.ones(2, 8)}}, False),
     "lr_ratio": ({"scale_by": "lr_ratio", "quantum": 0.73}, False),
 }
+resumes = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="transformers resumes with torch 2.6 or later"
+)
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
+@resumes
 @pytest.mark.parametrize(("own", "restores"), RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(own, restores, train, tmp_path):  # P9, P15
     whole = train(DEFERS(**own), **SAVES)
@@ -215,6 +219,7 @@ def test_a_resumed_run_ends_with_the_same_bits(own, restores, train, tmp_path): 
         assert not same(train(DEFERS(**own), resume=str(folder), **flag), whole)
 
 
+@resumes
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
 def test_every_way_to_save(strategy, train, tmp_path):  # P9
     options = {"save_strategy": strategy, "metric_for_best_model": "loss", **TO_EVALUATE}
@@ -224,6 +229,7 @@ def test_every_way_to_save(strategy, train, tmp_path):  # P9
     assert logged(resumed) == logged(whole)
 
 
+@resumes
 def test_joining_a_run(train, tmp_path):  # P9
     train(**SAVES)
     checkpoint, flag = str(tmp_path / "run/checkpoint-3"), "restore_callback_states_from_checkpoint"
@@ -234,6 +240,7 @@ def test_joining_a_run(train, tmp_path):  # P9
     train(resume=str(tmp_path / "run/checkpoint-6"), **{flag: True})  # and leaving it
 
 
+@resumes
 def test_other_arguments_win_and_warn(train, tmp_path):  # P9
     train(DecoupledWD(Linear(0.2, 0)), **SAVES)
     with pytest.warns(DecoupledWDWarning) as caught:

@@ -37,7 +37,7 @@ class Run:
     steps: int
     batch: int
     examples: int  # images, or pieces of text, to train on
-    optimizer: str = "DecoupledWD"  # on Adam. Or "AdamW", "AdamW fused"
+    optimizer: str = "DecoupledWD"  # on Adam. Or "AdamW", "AdamW fused", "stochastic rounding"
     exact: bool = False  # decay with quantum=0, and train with AdamW too, to compare the weights
     scale_by: str = "lr"
     shape: str = "constant"  # a key of SHAPES
@@ -146,6 +146,9 @@ def optimizer_of(run: Run, net: nn.Module) -> torch.optim.Optimizer:
     if "AdamW" in run.optimizer:
         return torch.optim.AdamW(groups, run.lr, fused=fused)
     optimizer = torch.optim.Adam(groups, run.lr, fused=fused)
+    if run.optimizer == "stochastic rounding":
+        optimizer.register_step_pre_hook(lambda *_: decay_on_average(optimizer, matrices(net), run))
+        return optimizer
     DecoupledWD(
         optimizer,
         SHAPES[run.shape](run.wd),
@@ -161,6 +164,18 @@ def optimizer_of(run: Run, net: nn.Module) -> torch.optim.Optimizer:
         total_steps=run.steps,
     )
     return optimizer
+
+
+@torch.no_grad()
+def decay_on_average(
+    optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], run: Run
+) -> None:
+    """Decays bfloat16 weights by hand, and rounds up or down at random: right on average."""
+    shrink = optimizer.param_groups[0]["lr"] * run.wd
+    for p in weights:
+        bits = (p.float() * (1 - shrink)).view(torch.int32)
+        bits += torch.randint_like(bits, 1 << 16)
+        p.copy_((bits & -(1 << 16)).view(torch.float32))  # the bits that bfloat16 has
 
 
 def fraction(step: int, steps: int) -> float:
