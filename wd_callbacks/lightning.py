@@ -129,14 +129,13 @@ class _Run:
 
     def start_batch(self, trainer: Any) -> None:
         """Move on to the batch that starts."""
-        steps = trainer.global_step
         if not self.by_epochs:  # whatever epochs came before, and however long they were
-            batches, _ = _until(self.per_epoch, self.windows, self.epochs, steps)
+            batches, _ = _until(self.per_epoch, self.windows, self.epochs, trainer.global_step)
             position = batches / self.batches
         elif self.automatic:
             position = self._part_of_epochs(trainer)
         else:
-            position = max(self._part_of_epochs(trainer), steps / self.steps)
+            position = max(self._part_of_epochs(trainer), trainer.global_step / self.steps)
         self.position = min(position, 1.0)  # max_epochs may be raised during the run
 
     def _part_of_epochs(self, trainer: Any) -> float:
@@ -479,19 +478,19 @@ class DecoupledWD(Adapter, *BASES):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Note an attempt to step, also one that the gradient scaler will skip."""
         for each in self._decays.values():
-            if each.attached.is_of(unwrapped(optimizer)):
+            if optimizer is each.optimizer or each.attached.is_of(unwrapped(optimizer)):
                 each.is_skipped = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the coefficients of the last steps, at the Trainer's interval and once each."""
-        news = {index: each for index, each in self._decays.items() if each.has_news}
-        if not (news and trainer.is_global_zero and trainer.loggers):
+        if not (trainer.loggers and trainer.is_global_zero):
             return
+        news = {index: each for index, each in self._decays.items() if each.has_news}
         # The Trainer counts those batches that end a window of accumulation.
         is_due = trainer._logger_connector.should_update_logs
-        if not is_due or trainer.fit_loop._should_accumulate():
+        if not (news and is_due) or trainer.fit_loop._should_accumulate():
             return
         names = _names(trainer)
         metrics: dict[str, float] = {}
