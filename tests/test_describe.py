@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from adapters import each_adapter, run
+from fastai.callback.schedule import SchedLin
 from fastai_helpers import learner
 from helpers import caught, one_weight, two_groups, zero_gradients
 from lightning_helpers import adam, fit, loader
@@ -67,6 +69,27 @@ def test_max_lr_is_not_taken_before_training_starts():
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
     optimizer.step()
     assert p[0].item() == pytest.approx(1 - 0.1 / 25)
+
+
+def falling(progress, end=0):
+    return 0.1 + (end - 0.1) * progress
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (Linear(0.1, 0), "Linear(start=0.1, end=0)"),
+        (SchedLin(0.1, 0), "sched_lin"),
+        (falling, "falling"),
+        (partial(falling, end=0.2), "falling"),
+    ],
+)
+def test_a_schedule_goes_by_its_name(schedule, text):
+    _, optimizer = one_weight(lr=1e-6)
+    decay = DecoupledWD(optimizer, schedule, total_steps=4)
+    optimizer.step()
+    assert f"0.1 now, {text} " in str(decay.describe())
+    assert "0% of 1e-05%" in str(decay.describe())  # deferred; and small numbers are no zeros
 
 
 def test_a_group_that_is_added_has_a_row():

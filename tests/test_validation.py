@@ -796,6 +796,7 @@ LOADED = {  # what differs in the saved state, and the warnings
     "no arguments": ({"arguments": {}}, []),
     "length": ({"total_steps": 30}, [f"total_steps was 30 in the saved run {ARGUMENTS_NOW}"]),
     "no length": ({"total_steps": None}, [f"total_steps was None .*{ARGUMENTS_NOW}"]),
+    "epoch": ({"steps_per_epoch": 3}, [f"steps_per_epoch was 3 .*{ARGUMENTS_NOW}"]),
     "argument": ({"arguments": {"quantum": 0.5}}, [f"quantum was 0.5 .*{ARGUMENTS_NOW}"]),
 }
 

@@ -124,6 +124,7 @@ class DecoupledWD(Adapter):
         if self.config.anchor not in (None, "initial") and model is None:
             raise ValueError("anchor needs the names of the parameters: pass model")
         self.total_steps = None if total_steps is None else int(total_steps)
+        self.steps_per_epoch = steps_per_epoch
         self.progress = progress
         self._owned: Optimizer | None = None  # by a copy
         setup = Setup(
@@ -190,7 +191,8 @@ class DecoupledWD(Adapter):
         Raises:
             ValueError: The optimizer is gone.
         """
-        return {**self._attached.state_dict(), "total_steps": self.total_steps}
+        lengths = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
+        return {**self._attached.state_dict(), **lengths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where ``state_dict`` was called. Load the optimizer's state first.
@@ -203,8 +205,12 @@ class DecoupledWD(Adapter):
                 Nothing changes then.
         """
         check_entries(state, total_steps=lambda _: True)
-        length = state["total_steps"], self.total_steps
-        self._attached.load_state_dict(state, total_steps=length)
+        per_epoch = self.steps_per_epoch
+        self._attached.load_state_dict(
+            state,
+            total_steps=(state["total_steps"], self.total_steps),
+            steps_per_epoch=(state.get("steps_per_epoch", per_epoch), per_epoch),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies decay the copied optimizer, which they hold."""

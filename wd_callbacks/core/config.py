@@ -328,7 +328,8 @@ def schedule_name(value: Any) -> str:
     """Return the name of a schedule or of a callable ``scale_by``, as short as it can be."""
     if is_dataclass(value):
         return repr(value)
-    return getattr(value, "__name__", None) or type(value).__name__
+    inner = getattr(value, "func", getattr(value, "f", value))  # of a partial, of fastai's SchedCos
+    return getattr(inner, "__name__", None) or type(value).__name__
 
 
 def _sampled(value: Any, sample: Callable[[Callable[[Any], Any]], Any]) -> Any:

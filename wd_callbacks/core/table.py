@@ -83,8 +83,8 @@ class Row:
         if self.is_guess and self.max_lr is not None:
             seen = f", lr so far at most {self.highest_lr:.4g}" if self.highest_lr else ""
             max_lr += f" (guess{seen})"
-        applied = "on the device" if self.applied is None else f"{self.applied:.3%}"
-        progress = f"{applied} of {self.due:.3%}" if self.decaying.tensors else "-"
+        applied = "on the device" if self.applied is None else _percent(self.applied)
+        progress = f"{applied} of {_percent(self.due)}" if self.decaying.tensors else "-"
         return {
             "group": self.group,
             **({"key": self.key} if self.key is not None else {}),
@@ -316,3 +316,7 @@ def _count(params: Sequence[Tensor]) -> Count:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g}%"
