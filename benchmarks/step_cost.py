@@ -32,6 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ from wd_callbacks.torch import DecoupledWD
 LR, WD = 1e-4, 0.1  # a shrink of 1e-5, above the default quantum
 QUANTUM, PERIOD = 1e-3, 101  # one that defers, and the steps from one application to the next
 PAIRS, WARM_UP = 2 * PERIOD, 10
+FITS = 8
 QUICK_PAIRS, QUICK_MODEL = 3, "3 x 8²"
 SCALARS = 512  # bytes: the least that CUDA's allocator takes
 FOREACH, FUSED = {"foreach": True}, {"fused": True}
@@ -64,6 +66,7 @@ THIRD_PARTY = ("optimi.AdamW", "pytorch_optimizer.StableAdamW", "pytorch_optimiz
 
 Step = Callable[[], object]
 Recipe = Callable[[list[nn.Parameter]], Step]  # what makes a step for weights
+Sides = Callable[[], AbstractContextManager[list[Step]]]  # what makes the steps of A and B
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Case:
     pairs: int = PAIRS
     sums_count: bool = False
     models: Sequence[str] = MODELS
+    fits: int = 1  # how often both are made anew: where their memory lies changes the ratio
 
 
 # Ways to make a step
@@ -145,10 +149,11 @@ def fastai_own(params: list[nn.Parameter]) -> Step:
 
 
 class Fit(IterableDataset[Any]):
-    """A fit in a thread of its own, which goes on by one training batch whenever it is called."""
+    """A fit in a thread of its own, which trains on some batches whenever it is called."""
 
-    def __init__(self, batch: Any, train: Callable[[Any], object]) -> None:
+    def __init__(self, batch: Any, train: Callable[[Any], object], batches: int = 1) -> None:
         self.batch, self.train, self.ended, self.error = batch, train, False, None
+        self.batches = batches
         self.go, self.done = Semaphore(0), Semaphore(0)
         self.thread = Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -175,10 +180,10 @@ class Fit(IterableDataset[Any]):
             self.go.acquire()
             if self.ended:
                 return
-            yield self.batch
+            yield from [self.batch] * self.batches
 
     def __call__(self) -> None:
-        """Trains on the batch."""
+        """Trains on the batches."""
         self.go.release()
         self._wait()
 
@@ -275,10 +280,11 @@ def boring_training(own_decay: bool, batch: list[Tensor], _: Any) -> Step:
                 return AdamW(self.parameters(), LR, weight_decay=WD)
             return Adam(self.parameters(), LR)
 
-    return lightning_fit(own_decay, torch.ones(2, 32, device=batch[0].device), Boring)
+    # Several batches at once: to wake a thread takes a part of the time that a batch takes.
+    return lightning_fit(own_decay, torch.ones(2, 32, device=batch[0].device), Boring, batches=50)
 
 
-def lightning_fit(own_decay: bool, batch: Any, make: Callable[[], Any]) -> Fit:
+def lightning_fit(own_decay: bool, batch: Any, make: Callable[[], Any], batches: int = 1) -> Fit:
     """A fit by Lightning, with the callback unless the optimizer decays."""
     import pytorch_lightning as pl
 
@@ -295,7 +301,7 @@ def lightning_fit(own_decay: bool, batch: Any, make: Callable[[], Any]) -> Fit:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return Fit(batch, lambda batches: trainer.fit(make(), batches))
+    return Fit(batch, lambda loader: trainer.fit(make(), loader), batches)
 
 
 # What is compared
@@ -320,8 +326,10 @@ def decay_cases(batch: list[Tensor]) -> Iterable[Case]:
     for name, options in (("anchor", {"anchor": "initial"}), ("cautious", {"cautious": True})):
         ours = decayed(Adam, options, **FOREACH)
         yield Case(f"Adam(foreach) + DecoupledWD, {name}", ours, "AdamW(foreach)", foreach)
-    trained = partial(fastai_training, True, batch)
-    yield Case("training step, fastai, AdamW", trained, "itself", trained, models=[TRAINING])
+    for name, make in (("fastai", fastai_training), ("Lightning", lightning_training)):
+        trained = partial(make, True, batch)
+        name = f"training step, {name}, AdamW"
+        yield Case(name, trained, "itself", trained, models=[TRAINING], fits=FITS)
     for name, against, make, target, models in (
         ("fastai's Adam + DecoupledWD", FASTAI, fastai_event, 1.00, MODELS),
         ("training step, fastai", FASTAI, fastai_training, 1.01, [TRAINING]),
@@ -329,7 +337,7 @@ def decay_cases(batch: list[Tensor]) -> Iterable[Case]:
         ("training step, Lightning", "AdamW", boring_training, None, [BORING]),
     ):
         ours, theirs = (partial(make, own_decay, batch) for own_decay in (False, True))
-        yield Case(name, ours, against, theirs, target, models=models)
+        yield Case(name, ours, against, theirs, target, models=models, fits=FITS)
     if batch[0].is_cuda and torch.cuda.mem_get_info()[0] > 48e9:
         for kind, form in (("foreach", FOREACH), ("fused", FUSED)):
             name, ours = f"Adam({kind}) + DecoupledWD", decayed(Adam, **form)
@@ -456,19 +464,28 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def compare_times(case: Case, a: Step, b: Step, device: str, quick: bool) -> dict[str, Any]:
-    """The figures of A against B."""
+def times_of(a: Step, b: Step, pairs: int, warm_up: int, device: str) -> list[tuple[float, float]]:
+    """How long steps of A and B take, in pairs, side by side."""
     order, times = random.Random(0), []
-    pairs, warm_up = (QUICK_PAIRS, 1) if quick else (case.pairs, WARM_UP)
     gc.disable()
     for _ in range(warm_up + pairs):
         first = order.choice((a, b))
         one, other = seconds(first, device), seconds(b if first is a else a, device)
         times.append((one, other) if first is a else (other, one))
     gc.enable()
-    a_times, b_times = torch.tensor(times[warm_up:]).double().T
-    ratios = a_times / b_times
-    drawn = torch.randint(pairs, (2000, pairs), generator=torch.Generator().manual_seed(0))
+    return times[warm_up:]
+
+
+def compare_times(case: Case, make: Sides, device: str, quick: bool) -> dict[str, Any]:
+    """The figures of A against B."""
+    pairs, warm_up = (QUICK_PAIRS, 1) if quick else (case.pairs // case.fits, WARM_UP)
+    times = []
+    for _ in range(1 if quick else case.fits):
+        with make() as (a, b):
+            times += times_of(a, b, pairs, warm_up, device)
+    a_times, b_times = torch.tensor(times).double().T
+    ratios, count = a_times / b_times, len(times)
+    drawn = torch.randint(count, (2000, count), generator=torch.Generator().manual_seed(0))
     interval = ratios[drawn].quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975]).double())
     ratio, sums = ratios.quantile(0.5).item(), (a_times.sum() / b_times.sum()).item()
     return {
@@ -498,9 +515,10 @@ def allocated(step: Step, device: str) -> int:
     return sum(max(e["args"]["Bytes"], 0) for e in events if e["name"] == "[memory]")
 
 
-def compare_memory(case: Case, a: Step, b: Step, device: str, quick: bool) -> dict[str, Any]:
+def compare_memory(case: Case, make: Sides, device: str, quick: bool) -> dict[str, Any]:
     """How many bytes more A allocates."""
-    more = allocated(a, device) - allocated(b, device)
+    with make() as (a, b):
+        more = allocated(a, device) - allocated(b, device)
     return {"bytes": more, "judged": more}
 
 
@@ -509,21 +527,28 @@ def measured(case: Case, model: str, compare: Any, device: str, quick: bool) -> 
     is_training = model in (TRAINING, BORING)
     tensors = QUICK_MODEL if quick and not is_training else model
     row: dict[str, Any] = {"A": case.name, "B": case.against, "tensors": tensors}
-    threads, sides = torch.get_num_threads(), []
-    gc.collect()  # the weights of the last row
-    gc.freeze()  # all that is left, or collecting would take longer than measuring
+    threads = torch.get_num_threads()
+
+    @contextmanager
+    def make() -> Iterator[list[Step]]:
+        gc.collect()  # the weights before
+        gc.freeze()  # all that is left, or collecting would take longer than measuring
+        grads = gradients(tensors, device)
+        sides = [recipe(weights(grads)) for recipe in (case.a, case.b)]
+        try:
+            yield sides
+        finally:
+            for side in sides:
+                getattr(side, "end", int)()
+
     try:
         if is_training:
             torch.set_num_threads(1)  # else each fit's thread would have its own pool of them
-        grads = gradients(tensors, device)
-        sides = [make(weights(grads)) for make in (case.a, case.b)]
-        found = compare(case, *sides, device, quick)
+        found = compare(case, make, device, quick)
     except ImportError as error:
         return {**row, "tensors": f"{str(error.name).partition('.')[0]} is not installed"}
     finally:
         torch.set_num_threads(threads)
-        for side in sides:
-            getattr(side, "end", int)()
     judged = found.pop("judged")
     target = case.target[model] if isinstance(case.target, dict) else case.target
     return {**row, **found, "target": target, "met": None if target is None else judged <= target}
