@@ -72,3 +72,12 @@ def test_every_recipe_is_short_tested_and_on_the_page():
         assert len(path.read_text().splitlines()) <= 60, path.name
         assert f"python examples/recipes/{path.name}" in page
         assert f"python examples/recipes/{path.name}" in path.read_text()
+
+
+def test_the_chooser_of_the_readme_links_to_every_recipe():
+    readme = (ROOT / "README.md").read_text()
+    headings = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
+    assert len(headings) == len(ENDS)
+    for heading in headings:
+        anchor = re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-")
+        assert f"(docs/recipes.md#{anchor})" in readme
