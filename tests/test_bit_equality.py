@@ -110,6 +110,27 @@ def test_adam_is_adamw(options):  # P4
     assert not torch.equal(expected, ADAMW.train(0.0, **options)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 12])  # of that many, each has a factor in one call
+def test_adam_is_adamw_in_many_groups(count, dtype):  # P4
+    def train(cls, own, decays=False):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(1 + i % 2, 4).to(dtype)) for i in range(count)]
+        groups = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(weights)]
+        optimizer = cls(groups, weight_decay=own, eps=1e-3, foreach=False)
+        if decays:
+            DecoupledWD(optimizer, 5 * WD, quantum=0)
+        for _ in range(4):
+            for p in weights:
+                p.grad = torch.randn(p.shape).to(dtype)
+            optimizer.step()
+        return torch.cat(weights)
+
+    expected = train(torch.optim.AdamW, 5 * WD)
+    assert torch.equal(train(torch.optim.Adam, 0.0, decays=True), expected)
+    assert not torch.equal(train(torch.optim.Adam, 0.0), expected)
+
+
 @pytest.mark.parametrize(
     ("default", "device"),
     [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")],
