@@ -361,7 +361,7 @@ def _metrics(decay: Decay) -> dict[str, float]:
     pairs = [
         (rule, wd)
         for rule, wd in zip(decay.layout.rules, decay.coefficients)
-        if is_sequence or not decay.layout.groups[rule.group].no_decay
+        if is_sequence or not decay.layout.states[rule.group].no_decay
     ]
     metrics = {}
     for rule, wd in pairs:

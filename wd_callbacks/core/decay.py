@@ -21,7 +21,7 @@ from wd_callbacks.core.inplace import below_autograd, lerp_, multiply_, on_devic
 from wd_callbacks.core.layout import (
     Layout,
     Setup,
-    check_groups,
+    check_fit,
     check_parameters,
     make_layout,
     updated_params,
@@ -108,7 +108,7 @@ class Decay:
         """Go on from the decay of an optimizer that this one's has replaced."""
         before, layout = old.layout, self.layout
         if before.sizes == layout.sizes:  # the param groups are those of before
-            layout = replace(layout, groups=before.groups, rules=before.rules)
+            layout = replace(layout, states=before.states, rules=before.rules)
         self.layout = replace(layout, deferred=before.all_deferred(), anchors=before.anchors)
         self.steps, self.warn = old.steps, old.warn
         self.setup = replace(self.setup, warn=old.warn)
@@ -118,7 +118,7 @@ class Decay:
         """Return the layout for a step, the last one unless something has changed since."""
         params, old = updated_params(groups, needs_grad), self.layout
         if self.rereads_groups:
-            check_groups(self.setup.config, groups, old)
+            check_fit(self.setup.config, groups, old)
             old = Layout(deferred=old.deferred, anchors=old.anchors)
         if (
             len(params) == len(old.params)
@@ -241,7 +241,7 @@ def shrink_(
     """Shrink the weights in each bucket by what its rule says, or defer that."""
     with below_autograd():
         for call in calls:
-            due = []
+            parts = []
             for bucket in call.buckets:
                 shrink = shrinks[bucket.rule]
                 if found_inf is not None or type(shrink.amount) is not float:
@@ -249,8 +249,8 @@ def shrink_(
                     continue
                 now = bucket.take(shrink)  # None: deferred
                 if now is not None:
-                    due.append((bucket, now))
-            if due and call.buckets[0].anchors is None:
-                multiply_(call, due)  # <- the weight decay
-            elif due:
-                lerp_(call, due)
+                    parts.append((bucket, now))
+            if parts and call.buckets[0].anchors is None:
+                multiply_(call, parts)  # <- the weight decay
+            elif parts:
+                lerp_(call, parts)

@@ -26,25 +26,25 @@ _AUTOGRAD = (
 below_autograd = functools.partial(torch._C._ExcludeDispatchKeyGuard, _AUTOGRAD)
 
 
-def multiply_(call: Call, due: Sequence[Part]) -> None:
+def multiply_(call: Call, parts: Sequence[Part]) -> None:
     """``p <- p * (1 - shrink)``: decoupled weight decay (arXiv 1711.05101, Algorithm 2)."""
-    if len(due) == 1:
-        [(bucket, shrink)] = due
+    if len(parts) == 1:
+        [(bucket, shrink)] = parts
         params, factor = bucket.params, bucket.operand(shrink.factor)
     else:
-        params, factor = _spread(call, due, _factors(due))
+        params, factor = _spread(call, parts, _factors(parts))
     torch._foreach_mul_(params, factor)
 
 
-def lerp_(call: Call, due: Sequence[Part]) -> None:
+def lerp_(call: Call, parts: Sequence[Part]) -> None:
     """``p <- p + shrink * (anchor - p)``: decay towards an anchor (L2-SP, arXiv 1802.01483)."""
-    (bucket, shrink), *others = due
+    (bucket, shrink), *others = parts
     params, weight = bucket.params, cast(Any, shrink.amount)
     if others:  # not every version of torch takes a list of numbers
         device, dtype, *_ = bucket.key
-        amounts = torch.tensor([shrink.amount for _, shrink in due], dtype=dtype, device=device)
-        params, weight = _spread(call, due, amounts.unbind())
-    anchors = [anchor for bucket, _ in due for anchor in bucket.anchors or ()]
+        amounts = torch.tensor([shrink.amount for _, shrink in parts], dtype=dtype, device=device)
+        params, weight = _spread(call, parts, amounts.unbind())
+    anchors = [anchor for bucket, _ in parts for anchor in bucket.anchors or ()]
     torch._foreach_lerp_(params, anchors, weight)
 
 
@@ -80,20 +80,20 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, non_blocking=device.type != "cpu")
 
 
-def _spread(call: Call, due: Sequence[Part], values: Sequence[Any]) -> tuple[list[Tensor], Any]:
-    """Return the parameters that are due, and a value for each."""
+def _spread(call: Call, parts: Sequence[Part], values: Sequence[Any]) -> tuple[list[Tensor], Any]:
+    """Return the parameters of ``parts``, and a value for each."""
     params = call.params
-    if len(due) < len(call.buckets):
-        params = [p for bucket, _ in due for p in bucket.params]
-    if len(params) > len(due):
-        values = [value for (bucket, _), value in zip(due, values) for _ in bucket.params]
+    if len(parts) < len(call.buckets):
+        params = [p for bucket, _ in parts for p in bucket.params]
+    if len(params) > len(parts):
+        values = [value for (bucket, _), value in zip(parts, values) for _ in bucket.params]
     return params, values
 
 
-def _factors(due: Sequence[Part]) -> Sequence[Any]:
+def _factors(parts: Sequence[Part]) -> Sequence[Any]:
     """Return the factor of each bucket, as ``Bucket.operand`` does."""
-    device, dtype, *_ = due[0][0].key
-    if len(due) <= FEW or device.type != "cpu":
-        return [bucket.operand(shrink.factor) for bucket, shrink in due]
-    factors = [shrink.factor for _, shrink in due]
+    device, dtype, *_ = parts[0][0].key
+    if len(parts) <= FEW or device.type != "cpu":
+        return [bucket.operand(shrink.factor) for bucket, shrink in parts]
+    factors = [shrink.factor for _, shrink in parts]
     return torch.tensor(factors, dtype=operand_dtype(dtype), device="cpu").unbind()

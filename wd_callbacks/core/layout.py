@@ -67,7 +67,7 @@ class Layout:
     Attributes:
         params: The parameters that the step updates.
         sizes: The number of parameters of each group.
-        groups: What was read from each group when it was new.
+        states: What was read from each group when it was new.
         rules: One per (group, key), in the order of the groups and of the keys.
         calls: Those of ``params`` that decay.
         deferred: What parameters outside of the buckets have deferred.
@@ -77,7 +77,7 @@ class Layout:
 
     params: Sequence[Tensor] = ()
     sizes: Sequence[int] = ()
-    groups: Sequence[GroupState] = ()
+    states: Sequence[GroupState] = ()
     rules: Sequence[Rule] = ()
     calls: Sequence[Call] = ()
     deferred: Mapping[Tensor, Deferred] = field(default_factory=dict)
@@ -139,8 +139,8 @@ def make_layout(
         ValueError: The config does not fit the groups.
     """
     config = setup.config
-    check_groups(config, groups, old)
-    states = read_groups(config, groups, old.groups, setup.max_lrs, setup.least_lrs, setup.no_decay)
+    check_fit(config, groups, old)
+    states = read_groups(config, groups, old.states, setup.max_lrs, setup.least_lrs, setup.no_decay)
     selected = setup.selection.look_up(p for group in groups for p in group["params"])
     rules = _rules(setup, groups, states, selected, old)
     _warn_of_idle_keys(setup, rules)
@@ -181,7 +181,7 @@ def _decaying(
                 yield p, rule
 
 
-def check_groups(config: Config, groups: Sequence[Group], old: Layout) -> None:
+def check_fit(config: Config, groups: Sequence[Group], old: Layout) -> None:
     """Check that the config fits the groups, and that no group is missing that decays differently.
 
     Raises:
@@ -189,9 +189,9 @@ def check_groups(config: Config, groups: Sequence[Group], old: Layout) -> None:
     """
     first = [_treatment(rule) for rule in old.rules[:1]]
     differ = config.is_scheduled or any(_treatment(rule) not in first for rule in old.rules)
-    if len(groups) < len(old.groups) and differ:
+    if len(groups) < len(old.states) and differ:
         raise ValueError(
-            f"the optimizer had {len(old.groups)} param groups and now has {len(groups)}. Groups "
+            f"the optimizer had {len(old.states)} param groups and now has {len(groups)}. Groups "
             f"are matched by index, so removing one, or stepping one alone (as DeepSpeed's ZeRO "
             f"does), works only if all of them decay alike: pass one number as wd"
         )

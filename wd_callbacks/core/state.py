@@ -32,14 +32,14 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
     """Return what is deferred and what was read once, with the arguments it belongs to."""
     layout = Layout() if decay.rereads_groups else decay.layout  # nothing before the first step
     deferred = layout.all_deferred()
-    saved = groups if layout.groups else ()
+    saved = groups if layout.states else ()
     rows = [[deferred.pop(p, Deferred()) for p in group["params"]] for group in saved]
     state = {
         "steps": decay.steps,
         "arguments": decay.setup.config.record(),
-        "lr_max": [group.max_lr for group in layout.groups],
-        "guess": [int(group.is_guess) for group in layout.groups],
-        "no_decay": [int(group.no_decay) for group in layout.groups],
+        "lr_max": [group.max_lr for group in layout.states],
+        "guess": [int(group.is_guess) for group in layout.states],
+        "no_decay": [int(group.no_decay) for group in layout.states],
         "owed": [[each.log for each in row] for row in rows],
         "payments": [[each.applied for each in row] for row in rows],
         "rules": [[rule.group, rule.key] for rule in layout.rules],
@@ -76,7 +76,7 @@ def load_state_dict(
         no_decay = list(map(bool, state["no_decay"]))
         setup = replace(decay.setup, no_decay=no_decay)
         old = Layout(
-            groups=_groups(state, no_decay) if keeps else (),
+            states=_states(state, no_decay) if keeps else (),
             deferred=_per_parameter(groups, map(_deferred, state["owed"], state["payments"])),
             anchors=_anchors(config, state, groups),
         )
@@ -142,7 +142,7 @@ def _text(value: Any, text: str | None) -> str:
     return text if is_plain else f"{text} (from {value[0]:g} to {value[-1]:g})"
 
 
-def _groups(state: Mapping[str, Any], no_decay: Sequence[bool]) -> list[GroupState]:
+def _states(state: Mapping[str, Any], no_decay: Sequence[bool]) -> list[GroupState]:
     guesses = map(bool, state.get("guess", [1] * len(no_decay)))
     return list(map(GroupState, state["lr_max"], guesses, no_decay))
 

@@ -216,7 +216,7 @@ def _layout(decay: Decay, groups: Sequence[Group]) -> Layout:
     """Return the layout in force, or what it will be if groups are new."""
     sizes = [len(group["params"]) for group in groups]
     is_known = all(p in decay.layout.selected for group in groups for p in group["params"])
-    if decay.layout.groups and decay.layout.sizes == sizes and is_known:
+    if decay.layout.states and decay.layout.sizes == sizes and is_known:
         return decay.layout
     quiet = replace(decay.setup, warn=lambda message: None)  # it is said when training starts
     return make_layout(quiet, groups, (), decay.layout)
@@ -288,7 +288,7 @@ def _reason(
     selected = layout.selected[p]
     if selected.exclude is not None:
         return f"excluded by {entry_name(selected.exclude) or selected.exclude!r}"
-    if layout.groups[group].no_decay and decay.setup.config.keeps_no_decay_groups:
+    if layout.states[group].no_decay and decay.setup.config.keeps_no_decay_groups:
         return "no-decay group"
     if rule is None:
         return "no key matches"
