@@ -104,6 +104,25 @@ def test_prefixes_of_wrappers_do_not_count(prefix):  # P12
         assert values(model) == [1.9] * 2
 
 
+def test_a_wrapped_part_has_its_anchor():  # P12
+    model = nn.ModuleDict({"body": nn.DataParallel(nn.Linear(2, 2)), "head": nn.Linear(2, 1)})
+    anchors = model.state_dict()
+    assert "body.module.weight" in anchors
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, 1.0, anchor=anchors, model=model)
+    assert {row.anchor for row in decay.describe(parameters=True)} == {"given"}
+
+
+@pytest.mark.parametrize("kind", ["initial", "mapping"])
+def test_flattened_parameters_are_refused(kind):  # P15
+    model = nn.Linear(2, 1)
+    model.weight._fsdp_flattened = True  # as FSDP with use_orig_params=True marks them
+    anchor = "initial" if kind == "initial" else model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="FSDP has flattened them: use fully_shard"):
+        DecoupledWD(optimizer, 1.0, anchor=anchor, model=model)
+
+
 def test_tied_parameters_go_by_any_name():  # P15
     model, optimizer, decay = one(anchor=None)
     decay.detach()

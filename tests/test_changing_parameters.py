@@ -49,6 +49,30 @@ def test_a_sparse_gradient_decays_its_whole_tensor_and_warns_once():  # P2
     assert torch.allclose(model.weight, before * 0.95**2)
 
 
+LAZY = {  # arguments, and by what each of weight, bias, head's weight and bias is multiplied
+    "exclude": ({"wd": 1.0, "exclude": "bias"}, [0.9, 1, 0.9, 1]),
+    "vector": ({"wd": 1.0, "exclude": "vector"}, [0.9, 1, 0.9, 1]),
+    "keys": ({"wd": {"1.*": 0.5, "*": 1.0}}, [0.9, 0.9, 0.95, 0.95]),
+    "anchor": ({"wd": 1.0, "anchor": {"0.weight": torch.zeros(2, 3)}}, [0.9, 0.9, 0.9, 0.9]),
+}
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize(("arguments", "factors"), LAZY.values(), ids=LAZY)
+def test_names_hold_for_lazy_parameters(arguments, factors, cls):  # P7, P14, P15
+    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
+    optimizer = cls(model.parameters(), lr=0.1)
+    decay = DecoupledWD(optimizer, model=model, quantum=0, **arguments)
+    assert [row.name for row in decay.describe(parameters=True)][:2] == ["0.weight", "0.bias"]
+    model(torch.ones(1, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(lambda: 0.0)
+    for p, old, factor in zip(model.parameters(), before, factors):
+        torch.testing.assert_close(p.detach(), old * factor)
+
+
 def test_lazy_parameters_decay_once_they_are_there():  # P2
     model = nn.ModuleList([nn.LazyLinear(3), nn.LazyLinear(4)])
     optimizer = SGD(model.parameters(), lr=0.1)

@@ -71,6 +71,17 @@ def test_max_lr_is_not_taken_before_training_starts():
     assert p[0].item() == pytest.approx(1 - 0.1 / 25)
 
 
+def test_a_frozen_parameter_with_a_gradient_decays():  # P7, P2
+    _, optimizer = one_weight(lr=0.1)
+    decay = DecoupledWD(optimizer, 0.5)
+    for p in optimizer.param_groups[0]["params"]:
+        p.requires_grad_(False)
+    optimizer.step()
+    assert [row.reason for row in decay.describe(parameters=True)] == ["decays"]
+    optimizer.zero_grad()
+    assert [row.reason for row in decay.describe(parameters=True)] == ["frozen"]
+
+
 def falling(progress, end=0):
     return 0.1 + (end - 0.1) * progress
 

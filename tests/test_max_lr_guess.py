@@ -134,7 +134,12 @@ def test_a_state_that_is_saved_after_a_refused_step_loads(lr):  # P9
     DecoupledWD(optimizer, 0.1).load_state_dict(state)
 
 
+class Ceiling(LambdaLR):
+    max_lrs = (9.9,)  # which lr may never reach, as those of transformers' GreedyLR
+
+
 SCHEDULERS = {
+    "ceiling": lambda o: Ceiling(o, lambda i: min(1, (i + 1) / 8)),
     "cyclic": lambda o: CyclicLR(o, 1e-3, 0.1, 4),
     "cyclic in a sequence": lambda o: SequentialLR(
         o, [ConstantLR(o, 1.0, 2), CyclicLR(o, 1e-3, 0.1, 4)], [2]

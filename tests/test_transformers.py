@@ -115,6 +115,101 @@ def test_the_second_group_does_not_decay(wd, train):  # wd
     assert all(row.decays for row in sequence.describe(parameters=True))
 
 
+class Freezes(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.bert.embeddings.requires_grad_(False)
+
+
+class OwnNames(Trainer):
+    def get_decay_parameter_names(self, model):
+        return [name for name, p in model.named_parameters() if "classifier" not in name]
+
+
+class AddsGroup(Trainer):
+    def create_optimizer(self, *args):
+        optimizer = super().create_optimizer(*args)
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        return optimizer
+
+
+@pytest.mark.parametrize(("callbacks", "trainer"), [((Freezes(),), Trainer), ((), OwnNames)])
+def test_the_second_group_is_the_trainers_own(callbacks, trainer, train):  # wd
+    decay = DecoupledWD(0.2)
+    trained = train(*callbacks, decay, trainer=trainer, max_steps=1)
+    names = set(trained.get_decay_parameter_names(trained.model))
+    spared = {row.name for row in decay.describe(parameters=True) if row.reason == "no-decay group"}
+    assert spared == {name for name, _ in trained.model.named_parameters()} - names
+
+
+def test_a_third_group_changes_nothing_for_the_first_two(train):  # wd
+    decay = DecoupledWD(0.2)
+    trained = train(decay, trainer=AddsGroup, max_steps=1)
+    assert len(trained.optimizer.param_groups) == 3
+    assert [row.coefficient for row in decay.describe()] == [0.2, 0, 0.2]
+
+
+def test_groups_of_the_users_own_are_not_the_trainers(train):  # wd
+    model = bert()
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}
+    own = torch.optim.AdamW([matrices, {"params": vectors, "weight_decay": 0.05}], lr=LR)
+    decay = DecoupledWD(0.2)
+    train(decay, model=model, optimizers=(own, None), max_steps=1)
+    assert [row.coefficient for row in decay.describe()] == [0.2, 0.2]
+
+
+def test_added_in_training_it_is_refused(train):
+    class Adds(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            trainer.add_callback(DecoupledWD(0.1))
+
+    with pytest.raises(ValueError, match=r"added to a Trainer in training.*before train\(\)"):
+        trainer = None
+
+        class Noted(Trainer):
+            def __init__(self, *args, **options):
+                nonlocal trainer
+                super().__init__(*args, **options)
+                trainer = self
+
+        train(Adds(), trainer=Noted)
+
+
+def test_a_subclass(train):
+    class Mine(DecoupledWD):
+        def on_train_begin(self, *args, **kwargs):
+            self.begun = True
+            super().on_train_begin(*args, **kwargs)
+
+    callback = Mine(0.1, quantum=0)
+    assert same(train(callback, **ADAM), train(**ADAMW))
+    assert copy.deepcopy(callback).begun
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_a_step_that_raised_leaves_nothing_to_later_steps(cautious, build):  # P3, P16
+    class Raises(torch.optim.SGD):
+        raises = True
+
+        def step(self, closure=None):
+            if self.raises:
+                raise RuntimeError("out of luck")
+            return super().step(closure)
+
+    model = bert()
+    optimizer = Raises(model.parameters(), lr=LR, weight_decay=0.25)
+    trainer = build(DecoupledWD(1.0, cautious=cautious), model=model, optimizers=(optimizer, None))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train()
+    optimizer.raises = False
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # by hand, after training: L2 of 0.25
+    for p, old in zip(model.parameters(), before):
+        torch.testing.assert_close(p.detach(), old - LR * (0.25 * old))
+
+
 LENGTHS = {
     "epochs": ({}, 8, 4),
     "accumulation": ({"gradient_accumulation_steps": 3}, 4, 2),
@@ -186,13 +281,14 @@ def test_tensorboard_shows_it(train, tmp_path, monkeypatch):  # P13
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(2, 0.375), (4, 0.125)]
 
 
-DEFERS = functools.partial(DecoupledWD, Cosine(0.4, 0), quantum=1.1e-2)
+DEFERS = functools.partial(DecoupledWD, wd=Cosine(0.4, 0), quantum=1.1e-2)
 RESUMED = {  # arguments, and whether the Trainer restores its callbacks
     "deferred": ({}, False),
     "restored": ({}, True),
     "initial": ({"anchor": "initial"}, True),
     "mapping": ({"anchor": {"classifier.weight": torch.ones(2, 8)}}, False),
     "lr_ratio": ({"scale_by": "lr_ratio", "quantum": 0.73}, False),
+    "keys": ({"wd": {"classifier*": 0.4, lambda name, p: True: 0.3}}, False),  # files sort them
 }
 resumes = pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="transformers resumes with torch 2.6 or later"
@@ -227,6 +323,30 @@ def test_every_way_to_save(strategy, train, tmp_path):  # P9
     resumed = train(DEFERS(), num_train_epochs=3, resume=str(tmp_path / "run/checkpoint-4"))
     assert same(resumed, whole)
     assert logged(resumed) == logged(whole)
+
+
+@resumes
+class SaveNow(TrainerCallback):
+    """Asks for a checkpoint of its own after step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or state.global_step == 3
+
+
+@resumes
+@pytest.mark.parametrize("own", [{}, {"anchor": "initial"}], ids=["deferred", "initial"])
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_callback_may_ask_for_a_checkpoint(own, steps, train, tmp_path):  # P9
+    whole = train(DEFERS(**own), SaveNow(), save_strategy="steps", save_steps=steps)
+    resumed = train(DEFERS(**own), resume=tmp_path / "run/checkpoint-3", out="another")
+    assert same(resumed, whole)
+
+
+@resumes
+def test_an_anchor_that_is_new_in_a_resumed_run(train, tmp_path):  # P9
+    train(DEFERS(), **SAVES)
+    with pytest.warns(DecoupledWDWarning, match="anchor was None in the saved run and is initial"):
+        train(DEFERS(anchor="initial"), resume=str(tmp_path / "run/checkpoint-3"))
 
 
 @resumes

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from wd_callbacks.core.adapter import Adapter
 from wd_callbacks.core.attach import attach, unwrapped, watch
@@ -29,7 +29,7 @@ from wd_callbacks.schedules import Run
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
     from transformers import TrainingArguments as Arguments
-    from transformers.trainer_callback import DefaultFlowCallback
+    from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 except ImportError as error:
     raise ImportError(
         "wd_callbacks.transformers needs transformers and accelerate: "
@@ -146,7 +146,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
                 "this DecoupledWD is in the middle of another Trainer's training: build one per "
                 "Trainer"
             )
-        handler = sys._getframe(1).f_locals["self"]
+        handler = _calling_handler()
         self._stand_before_reporters(handler)
         self.detach()
         self._attached, self._steps_logged = None, 0
@@ -160,6 +160,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
                 f"the checkpoint has no state of this DecoupledWD: it was saved after "
                 f"{state.global_step} steps without it, and the decay starts with the next step"
             )
+        self._store(state)  # a schedule is compared by some of its values: they are read now
         if self.config.verbose and state.is_world_process_zero:
             print(self.describe())
 
@@ -181,9 +182,9 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         setup = Setup(
             self.config,
             Selection(self.config.exclude, self.config.keys, model),
-            Run(state.max_steps, _steps_per_epoch(args, handler.train_dataloader)),
+            Run(max(state.max_steps, 1), _steps_per_epoch(args, handler.train_dataloader)),
             max_lrs=scheduler_max_lrs(handler.lr_scheduler),
-            no_decay=[False, True] if _are_trainers(optimizer.param_groups, model) else (),
+            no_decay=[False, True] if _are_trainers(optimizer.param_groups, handler) else (),
         )
         is_running = functools.partial(_is_training, weakref.ref(self))
         attached = attach(optimizer, setup, self._position, is_running=is_running)
@@ -203,36 +204,27 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the position of the step."""
-        self._position.value = min(state.global_step / state.max_steps, 1.0)
+        if self._attached is None:
+            raise ValueError(
+                "this DecoupledWD was added to a Trainer in training, too late to decay: add it "
+                "before train()"
+            )
+        self._position.value = min(state.global_step / max(state.max_steps, 1), 1.0)
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the state where the Trainer saves it."""
-        if control.should_save:
-            self._store(state)
-
-    def on_epoch_end(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the state where the Trainer saves it."""
-        if control.should_save:
-            self._store(state)
-
-    def on_evaluate(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the state where the Trainer saves it: the metric may be the best so far."""
-        if self._attached is not None and self._attached.is_attached:
-            self._store(state)
+        """Put the state where the Trainer saves it: any callback may still ask for that."""
+        self._store(state)
 
     def on_save(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save initial anchors, which are tensors, beside the checkpoint's other files."""
-        folder = _checkpoint(state)
-        anchors = self._attached.state_dict().get("anchors")
-        if anchors is not None and args.should_save and os.path.isdir(folder):
+        if self.config.anchor != "initial" or self._attached is None:
+            return
+        folder, anchors = _checkpoint(state), self._attached.state_dict()["anchors"]
+        if args.should_save and os.path.isdir(folder):
             torch.save(anchors, os.path.join(folder, ANCHORS_FILE))
 
     def on_log(
@@ -275,9 +267,10 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         state.stateful_callbacks[STATE_KEY] = {**saved, "max_steps": state.max_steps}
 
     def _load(self, state: TrainerState, saved: dict[str, Any]) -> None:
-        check_entries(saved, max_steps=lambda _: True)
-        if self.config.anchor == "initial":
-            saved = {**saved, "anchors": torch.load(_anchors_file(state), weights_only=True)}
+        check_entries(saved, max_steps=lambda _: True, arguments=lambda it: isinstance(it, dict))
+        if self.config.anchor == "initial" == saved["arguments"].get("anchor"):
+            anchors = torch.load(_anchors_file(state), map_location="cpu", weights_only=True)
+            saved = {**saved, "anchors": anchors}
         length = saved["max_steps"], state.max_steps
         lengths = {"max_steps": length} if self.config.is_scheduled else {}
         self._attached.load_state_dict(saved, **lengths)
@@ -286,7 +279,7 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the arguments along, not the run."""
         run = {"_attached": None, "_optimizer": None, "_watch": None, "_position": Position()}
-        return {"config": self.config, **run}
+        return {**vars(self), **run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _steps_logged=0)
@@ -303,6 +296,16 @@ def _running_trainers() -> list[Trainer]:
             trainers.append(trainer)
         frame = frame.f_back
     return trainers
+
+
+def _calling_handler() -> CallbackHandler:
+    """Return the Trainer's list of callbacks, whose event is on the call stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    assert frame is not None
+    handler: CallbackHandler = frame.f_locals["self"]
+    return handler
 
 
 def _is_training(callback: Any) -> bool:
@@ -324,8 +327,8 @@ def _anchors_file(state: TrainerState) -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # of `train`, whose argument the Trainer keeps nowhere else
         resumed = frame.f_locals.get("resume_from_checkpoint")
-        if frame.f_code.co_name == "train" and isinstance(resumed, str):
-            folders.insert(0, resumed)
+        if frame.f_code.co_name == "train" and isinstance(resumed, str | os.PathLike):
+            folders.insert(0, os.fspath(resumed))
         frame = frame.f_back
     for folder in folders:
         path = os.path.join(folder, ANCHORS_FILE)
@@ -346,13 +349,16 @@ def _steps_per_epoch(args: Any, loader: Any) -> int | None:
         return None
 
 
-def _are_trainers(groups: list[dict[str, Any]], model: nn.Module) -> bool:
-    """Return True for the two param groups that the Trainer makes: the second does not decay."""
-    if len(groups) != 2:
+def _are_trainers(groups: list[dict[str, Any]], handler: CallbackHandler) -> bool:
+    """Return True if the Trainer made the first two param groups: the second does not decay."""
+    if len(groups) < 2 or groups[1].get("weight_decay"):
         return False
-    decaying = set(Trainer.get_decay_parameter_names(None, model))
-    second = {p for name, p in model.named_parameters() if name not in decaying and p.requires_grad}
-    return set(groups[1]["params"]) == second
+    trainer = next(each for each in _running_trainers() if each.callback_handler is handler)
+    names = set(trainer.get_decay_parameter_names(handler.model))
+    parts: tuple[set[Tensor], set[Tensor]] = set(), set()
+    for name, p in handler.model.named_parameters():
+        parts[name not in names].add(p)
+    return all(part.issuperset(group["params"]) for part, group in zip(parts, groups))
 
 
 def _metrics(decay: Decay) -> dict[str, float]:

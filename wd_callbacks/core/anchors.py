@@ -23,6 +23,7 @@ class Anchors:
         self._is_initial = anchor == "initial"
         is_mapping = isinstance(anchor, Mapping)
         self._named = {clean_name(k): v for k, v in anchor.items()} if is_mapping else {}
+        self._bare = {_bare(name): name for name in self._named}
 
     def find(self, p: Tensor, names: Sequence[str]) -> Tensor | None:
         """Return the anchor of ``p``, whose names are ``names``; None: it decays towards zero."""
@@ -33,9 +34,10 @@ class Anchors:
 
     def key(self, names: Sequence[str]) -> str | None:
         """Return the name in the mapping of a parameter; None if it is not there."""
-        # A model in DDP or DataParallel saves its names with a prefix.
-        keys = [key for name in names for key in (name, f"module.{name}")] if self._named else []
-        return next((key for key in keys if key in self._named), None)
+        if not self._named:
+            return None
+        exact = (name for name in names if name in self._named)
+        return next(exact, None) or next(filter(None, map(self._bare.get, map(_bare, names))), None)
 
     def check(self, p: Tensor, names: Sequence[str]) -> None:
         """Raise ValueError if ``p`` cannot decay towards its anchor."""
@@ -45,6 +47,11 @@ class Anchors:
                 "as anchor, such as the full state_dict() from before sharding"
             )
         name = self.key(names)
+        if (self._is_initial or name is not None) and getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                "an anchor needs the parameters themselves, but FSDP has flattened them: use "
+                "fully_shard, and pass a mapping as anchor"
+            )
         if name is None or is_lazy(p) or self._named[name].shape == p.shape:
             return
         raise ValueError(
@@ -62,6 +69,11 @@ class Anchors:
                 f"anchor names no parameter of the model: it has {first!r}, and the nearest names "
                 f"of the model are {', '.join(map(repr, near))}. Use the model's names"
             )
+
+
+def _bare(name: str) -> str:
+    """Return a name without the parts that DDP and DataParallel add wherever they stand."""
+    return ".".join(part for part in name.split(".") if part != "module")
 
 
 def follow(anchor: Tensor, p: Tensor) -> Tensor:

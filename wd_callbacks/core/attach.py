@@ -180,6 +180,9 @@ class Attached:
             if self._depth > 1:
                 return None
         if self._is_running is not None and not self._is_running():
+            if self._depth:  # a step in the run raised
+                self._depth = 0
+                self._step.cancel()
             return None
         self._depth = 1
         if not optimizer.state and STATE_SETUP in sys.modules and _is_called_from(STATE_SETUP):

@@ -192,13 +192,15 @@ class Config:
                     f"real learning rate"
                 )
 
+    @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """Return the arguments as plain values, to tell whether a resumed run changed them."""
+        """The arguments as plain values, to tell whether a resumed run changed them."""
         anchor = self.anchor if self.anchor is None or self.anchor == "initial" else "mapping"
         wd = dict(zip(self.key_names, self.wd.values())) if self.keys else self.wd
         compared = ("wd", "scale_by", "max_lr", "exclude", "quantum")
         return {
             "wd": _sampled(wd, _at_progress),
+            "keys": self.key_names,  # files may sort a mapping
             "scale_by": _sampled(self.scale_by, _at_half),
             "max_lr": _sampled(self.max_lr, _at_half),
             "exclude": [entry_name(entry) for entry in self.exclude],
@@ -310,9 +312,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(element, Tensor) for element in value.values()):
             return f"<{len(value)} tensors>"
-        return (
-            "{" + ", ".join(f"{entry_name(k) or k!r}: {_shown(v)}" for k, v in value.items()) + "}"
-        )
+        keys = [schedule_name(key) if callable(key) else f"{key}" for key in value]
+        return "{" + ", ".join(map("{}: {}".format, keys, map(_shown, value.values()))) + "}"
     if is_sequence(value):
         return "[" + ", ".join(map(_quoted, value)) + "]"
     if callable(value):

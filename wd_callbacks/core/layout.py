@@ -115,7 +115,8 @@ def updated_params(groups: Sequence[Group], needs_grad: bool) -> list[Tensor]:
     FSDP's processes hold no element of some parameters, but defer the same for them.
     """
     if not needs_grad:
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        params = (p for group in groups for p in group["params"])
+        return [p for p in params if p.requires_grad and not is_lazy(p)]
     return [
         p
         for group in groups

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR
 
 from wd_callbacks.core.checks import is_sequence, number, of_group
 from wd_callbacks.core.config import RATIOS, Config, depends_on_max_lr, schedule_name
@@ -306,7 +306,7 @@ def scheduler_max_lrs(scheduler: Any) -> list[float]:
 def _own_max_lrs(scheduler: Any) -> list[float]:
     """Return those of CyclicLR, also inside of other schedulers."""
     inner = [_own_max_lrs(each) for each in getattr(scheduler, "_schedulers", ())]
-    known = [list(getattr(scheduler, "max_lrs", ())), *inner]
+    known = [list(scheduler.max_lrs) if isinstance(scheduler, CyclicLR) else [], *inner]
     return [max(lrs) for lrs in zip(*filter(None, known))]
 
 

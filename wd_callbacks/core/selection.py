@@ -88,6 +88,7 @@ class Selection:
             _nothing if model is None else weakref.ref(model)
         )
         self._named: dict[Tensor, Selected] = {}
+        self._has_lazy = False  # parameters, whose dimensions are not known yet
         self._has_warned = False
         for name, entries in (("exclude", exclude), ("wd", keys)):
             if model is None and any(entry != "vector" for entry in entries):
@@ -98,7 +99,7 @@ class Selection:
     def look_up(self, params: Iterable[Tensor]) -> dict[Tensor, Selected]:
         """Return what is selected of each of ``params``."""
         params = list(params)
-        if any(p not in self._named for p in params):
+        if self._has_lazy or any(p not in self._named for p in params):
             self._search()  # the model has changed
         return {p: self._named.get(p) or self._nameless(p) for p in params}
 
@@ -123,7 +124,9 @@ class Selection:
         if model is None:
             return
         named = list(_named_parameters(model))
-        seen = [(name, id(p)) for name, p, _ in named], self._exclude, self._keys
+        self._has_lazy = any(is_lazy(p) for _, p, _ in named)
+        found_there = [(name, id(p), is_lazy(p), type(inside[-1])) for name, p, inside in named]
+        seen = found_there, self._exclude, self._keys
         is_fixed = all(isinstance(e, str) and e != "marked" for e in (*self._exclude, *self._keys))
         cached = _LAST_SEARCHES.get(model)
         if is_fixed and cached is not None and cached[0] == seen:
@@ -134,13 +137,11 @@ class Selection:
             names.setdefault(p, []).append(name)
         excluded = self._matches("exclude", self._exclude, model, named)
         keyed = self._matches("wd", self._keys, model, named)
-        # Dimensions of a lazy parameter are not known yet, so that it is looked up again.
         found = {
             p: Selected(tuple(each), _first(excluded, self._exclude, p), _first(keyed, None, p))
             for p, each in names.items()
-            if not is_lazy(p)
         }
-        decaying = {p: each for p, each in keyed.items() if p in found and found[p].exclude is None}
+        decaying = {p: each for p, each in keyed.items() if found[p].exclude is None}
         for what, matches in (("exclude", excluded), ("a key of wd", decaying)):
             self._warn_if_tied_differ(what, matches, names)
         self._named = found

@@ -36,7 +36,7 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
     rows = [[deferred.pop(p, Deferred()) for p in group["params"]] for group in saved]
     state = {
         "steps": decay.steps,
-        "arguments": decay.setup.config.record(),
+        "arguments": dict(decay.setup.config.record),
         "lr_max": [group.max_lr for group in layout.states],
         "guess": [int(group.is_guess) for group in layout.states],
         "no_decay": [int(group.no_decay) for group in layout.states],
@@ -96,13 +96,15 @@ def load_state_dict(
 
 def _changes(config: Config, state: Mapping[str, Any], lengths: Lengths) -> list[str]:
     """Return a warning for each argument that is not that of the run that was saved."""
-    old, new = state["arguments"], config.record()
-    names = [name for name in new if name in old and name != "shown"]
-    texts = old.get("shown", {}), new["shown"]
+    old, new = state["arguments"], config.record
+    names = [name for name in new if name in old and name not in ("shown", "keys")]
+    shown = old.get("shown")
+    texts = shown if isinstance(shown, Mapping) else {}, new["shown"]
     pairs = {
         name: (_text(old[name], texts[0].get(name)), _text(new[name], texts[1].get(name)))
         for name in names
         if _differs(old[name], new[name], *[text.get(name) for text in texts])
+        or (name == "wd" and old.get("keys", new["keys"]) != new["keys"])
     }
     pairs |= {name: pair for name, pair in lengths.items() if pair[0] != pair[1]}
     return [
@@ -127,9 +129,9 @@ def _is_unknown(value: Any, text: str | None) -> bool:
 
 
 def _listed(value: Any) -> Any:
-    """Return ``value`` with lists for tuples; the order of a mapping's keys matters."""
+    """Return ``value`` with lists for tuples, and texts for keys."""
     if isinstance(value, Mapping):
-        return [[str(key), _listed(element)] for key, element in value.items()]
+        return {str(key): _listed(element) for key, element in value.items()}
     return list(map(_listed, value)) if is_sequence(value) else value
 
 

@@ -296,7 +296,7 @@ def _reason(
         return "do_wd=False"
     if coefficient == 0 and not callable(rule.wd):
         return "coefficient 0"
-    if not p.requires_grad:
+    if not p.requires_grad and p.grad is None:
         return FROZEN
     return "" if p in layout.with_gradient or not decay.steps else NO_GRADIENT
 
