@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.groups import WD_KEYS, Group
 
+_untraced = functools.cache(torch.compiler.disable)  # imports the compiler, so not here
 _ZERO = float("0")  # recognized by identity, so that a 0.0 set by someone else is left alone
 
 
@@ -96,21 +98,18 @@ class Step:
 
     def _wrapped(self, closure: Callable[..., Any], found_inf: Tensor | None) -> Callable[..., Any]:
         """Return the closure, followed by the decay if it is the first evaluation of a step."""
+        # The closure itself may be compiled.
+        before, after = _untraced(Step.restore), _untraced(Step._after_closure)
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            self._before_closure()
+            before(self)
             result = closure(*args, **kwargs)
             if self.is_attached:
-                self._after_closure(found_inf)
+                after(self, found_inf)
             return result
 
         return evaluate
 
-    @_disable_dynamo  # the closure itself may be compiled
-    def _before_closure(self) -> None:
-        self.restore()
-
-    @_disable_dynamo
     def _after_closure(self, found_inf: Tensor | None) -> None:
         if self._awaits_closure:
             self._decay(self._groups(), found_inf)
