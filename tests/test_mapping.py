@@ -172,6 +172,18 @@ def test_no_decay_groups_win(own, wd, expected, count):  # P14
     assert [bool(re.search("key 'head.*no-decay", it)) for it in messages] == [True] * count
 
 
+def test_a_key_that_another_optimizer_needs_has_an_effect():  # P14
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    spared = [
+        {"params": [model[0].weight], "weight_decay": 0.1},
+        {"params": [model[0].bias], "weight_decay": 0},
+    ]
+    for groups in (spared, model[1].parameters()):
+        optimizer = torch.optim.SGD(groups, lr=LR)
+        _, messages = caught(lambda o=optimizer: DecoupledWD(o, {"bias": 0.1, "*": 1}, model=model))
+        assert messages == []
+
+
 def test_parameters_without_a_name_or_a_key_do_not_decay():  # P14, P7
     model, extra = network(), parameter()
     optimizer = torch.optim.SGD([*model["head"].parameters(), extra], lr=LR)

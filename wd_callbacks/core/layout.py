@@ -144,7 +144,7 @@ def make_layout(
     states = read_groups(config, groups, old.states, setup.max_lrs, setup.least_lrs, setup.no_decay)
     selected = setup.selection.look_up(p for group in groups for p in group["params"])
     rules = _rules(setup, groups, states, selected, old)
-    _warn_of_idle_keys(setup, rules)
+    _warn_of_idle_keys(setup, rules, selected)
     deferred = {p: value for p, value in old.all_deferred().items() if p in selected}
     anchors = {p: anchor for p, anchor in old.anchors.items() if p in selected}
     buckets: dict[Any, Bucket] = {}
@@ -262,10 +262,13 @@ def _rules(
     return rules
 
 
-def _warn_of_idle_keys(setup: Setup, rules: Sequence[Rule]) -> None:
-    for key in setup.config.key_names:
+def _warn_of_idle_keys(
+    setup: Setup, rules: Sequence[Rule], selected: Mapping[Tensor, Selected]
+) -> None:
+    for index, key in enumerate(setup.config.key_names):
         of_key = [rule.is_no_decay for rule in rules if rule.key == key]
-        if of_key and all(of_key):
+        # Others of its parameters may be in another optimizer.
+        if of_key and all(of_key) and setup.selection.matched(index) <= selected.keys():
             setup.warn(
                 f"the key {key!r} of wd has no effect: all of its parameters are in no-decay "
                 f"groups, which a mapping leaves alone. Leave the key out, or put these "

@@ -107,6 +107,10 @@ class Selection:
         """Return the names of all parameters of the model."""
         return [name for selected in self._named.values() for name in selected.names]
 
+    def matched(self, key: int) -> set[Tensor]:
+        """Return the parameters of the model that the key of this index selects."""
+        return {p for p, selected in self._named.items() if selected.key == key}
+
     def release(self) -> None:
         """Drop every reference to weights."""
         self._named = {}
