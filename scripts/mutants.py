@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("core/cautious.py", "torch._foreach_clamp_max_(moved, 1)", "pass", "test_cautious"),
     Mutant("fastai.py", "if has_stepped or self._has_attempted:", "if False:", "test_progress"),
     Mutant("lightning.py", "if self.has_stepped or", "if False or", "test_progress"),
-    Mutant("transformers.py", "state.global_step / state.max_steps", "0.0", "test_transformers"),
+    Mutant("transformers.py", "state.global_step / max(", "0.0 * max(", "test_transformers"),
 ]  # fmt: skip
 
 
