@@ -13,6 +13,7 @@ import transformers
 from helpers import pickled
 from helpers import same as same_weights
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import default_compute_objective
 
 from wd_callbacks.core.warn import DecoupledWDWarning
@@ -173,6 +174,23 @@ def test_added_in_training_it_is_refused(train):
                 trainer = self
 
         train(Adds(), trainer=Noted)
+
+
+def test_callbacks_around_it_miss_nothing(build):
+    class MyFlow(DefaultFlowCallback):
+        pass
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.append(self)
+
+    begun, first, last = [], Begins(), Begins()
+    trainer = build(first, DecoupledWD(0.1, quantum=0), last, **ADAM)
+    trainer.remove_callback(DefaultFlowCallback)
+    trainer.add_callback(MyFlow())
+    trainer.train()
+    assert begun == [first, last]
+    assert logged(trainer) == {"wd": [0.1] * STEPS}
 
 
 def test_a_subclass(train):

@@ -173,9 +173,10 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             raise ValueError(
                 "this Trainer has two DecoupledWD, which would decay twice: merge them"
             )
-        handler.callbacks.remove(self)
-        flows = [isinstance(cb, DefaultFlowCallback) for cb in handler.callbacks]
-        handler.callbacks.insert(flows.index(True) + 1 if any(flows) else 0, self)
+        others = [callback for callback in handler.callbacks if callback is not self]
+        flows = [isinstance(callback, DefaultFlowCallback) for callback in others]
+        place = flows.index(True) + 1 if any(flows) else 0
+        handler.callbacks = [*others[:place], self, *others[place:]]  # a new list: one is iterated
 
     def _attach(self, args: Arguments, state: TrainerState, handler: Any, optimizer: Any) -> None:
         model = handler.model
