@@ -17,7 +17,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import default_compute_objective
 
 from wd_callbacks.core.warn import DecoupledWDWarning
-from wd_callbacks.schedules import Cosine, Linear
+from wd_callbacks.schedules import Cosine, Linear, Normalized
 from wd_callbacks.transformers import ANCHORS_FILE, STATE_KEY, DecoupledWD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
@@ -242,6 +242,11 @@ def test_a_schedule_runs_from_0_to_1(options, steps, epoch, train):  # P6, P7
     trainer = train(callback, **options)
     assert seen[-trainer.state.max_steps :] == [step / steps for step in range(steps)]
     assert callback.describe()[0].steps_per_epoch == epoch
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 0}, {"num_train_epochs": 0}], ids=str)
+def test_a_run_without_a_length(options, train):  # P6
+    assert same(train(DecoupledWD(Normalized(0.0)), **ADAM, **options), train(**ADAM, **options))
 
 
 def split(model):
