@@ -159,21 +159,13 @@ def test_groups_of_the_users_own_are_not_the_trainers(train):  # wd
     assert [row.coefficient for row in decay.describe()] == [0.2, 0.2]
 
 
-def test_added_in_training_it_is_refused(train):
-    class Adds(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            trainer.add_callback(DecoupledWD(0.1))
-
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end"])
+def test_added_in_training_it_is_refused(event, build):  # P10
+    adds, trainer = TrainerCallback(), build()
+    setattr(adds, event, lambda *args, **kwargs: trainer.add_callback(DecoupledWD(0.1)))
+    trainer.add_callback(adds)
     with pytest.raises(ValueError, match=r"added to a Trainer in training.*before train\(\)"):
-        trainer = None
-
-        class Noted(Trainer):
-            def __init__(self, *args, **options):
-                nonlocal trainer
-                super().__init__(*args, **options)
-                trainer = self
-
-        train(Adds(), trainer=Noted)
+        trainer.train()
 
 
 def test_callbacks_around_it_miss_nothing(build):

@@ -205,17 +205,14 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the position of the step."""
-        if self._attached is None:
-            raise ValueError(
-                "this DecoupledWD was added to a Trainer in training, too late to decay: add it "
-                "before train()"
-            )
+        self._check_begun()
         self._position.value = min(state.global_step / max(state.max_steps, 1), 1.0)
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the state where the Trainer saves it: any callback may still ask for that."""
+        self._check_begun()
         self._store(state)
 
     def on_save(
@@ -261,6 +258,13 @@ class DecoupledWD(Adapter, TrainerCallback):  # type: ignore[misc]
             self._attached.detach()
         if self._watch is not None:
             self._watch.remove()
+
+    def _check_begun(self) -> None:
+        if self._attached is None:
+            raise ValueError(
+                "this DecoupledWD was added to a Trainer in training, too late to decay: add it "
+                "before train()"
+            )
 
     def _store(self, state: TrainerState) -> None:
         saved = self._attached.state_dict()

@@ -34,10 +34,9 @@ class Anchors:
 
     def key(self, names: Sequence[str]) -> str | None:
         """Return the name in the mapping of a parameter; None if it is not there."""
-        if not self._named:
-            return None
-        exact = (name for name in names if name in self._named)
-        return next(exact, None) or next(filter(None, map(self._bare.get, map(_bare, names))), None)
+        exact = [name for name in names if name in self._named]
+        bare = [self._bare[_bare(name)] for name in names if _bare(name) in self._bare]
+        return next(iter(exact + bare), None)
 
     def check(self, p: Tensor, names: Sequence[str]) -> None:
         """Raise ValueError if ``p`` cannot decay towards its anchor."""

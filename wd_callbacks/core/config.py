@@ -312,8 +312,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(element, Tensor) for element in value.values()):
             return f"<{len(value)} tensors>"
-        keys = [schedule_name(key) if callable(key) else f"{key}" for key in value]
-        return "{" + ", ".join(map("{}: {}".format, keys, map(_shown, value.values()))) + "}"
+        names = [k if isinstance(k, int) else entry_name(k) or schedule_name(k) for k in value]
+        pairs = [f"{name}: {_shown(v)}" for name, v in zip(names, value.values())]
+        return "{" + ", ".join(pairs) + "}"
     if is_sequence(value):
         return "[" + ", ".join(map(_quoted, value)) + "]"
     if callable(value):

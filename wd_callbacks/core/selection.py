@@ -129,8 +129,8 @@ class Selection:
             return
         named = list(_named_parameters(model))
         self._has_lazy = any(is_lazy(p) for _, p, _ in named)
-        found_there = [(name, id(p), is_lazy(p), type(inside[-1])) for name, p, inside in named]
-        seen = found_there, self._exclude, self._keys
+        places = [(name, id(p), is_lazy(p), type(inside[-1])) for name, p, inside in named]
+        seen = places, self._exclude, self._keys
         is_fixed = all(isinstance(e, str) and e != "marked" for e in (*self._exclude, *self._keys))
         cached = _LAST_SEARCHES.get(model)
         if is_fixed and cached is not None and cached[0] == seen:

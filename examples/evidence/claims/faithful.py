@@ -15,6 +15,7 @@ from claims.base import DIGITS, NIL, SEEDS, TEXT, Claim
 
 LONG = replace(DIGITS, lr=1e-3, wd=0.1, steps=6000, examples=1280)
 STRONG = replace(TEXT, wd=0.5)
+BY_HAND = "stochastic rounding"
 ARMS = (
     ("float32", "DecoupledWD", False),
     ("float32", "DecoupledWD", True),
@@ -23,7 +24,7 @@ ARMS = (
     ("bfloat16", "AdamW", True),
     ("bfloat16", "AdamW fused", False),
     ("bfloat16", "AdamW fused", True),
-    ("bfloat16", "stochastic rounding", True),
+    ("bfloat16", BY_HAND, True),
 )
 PRECISE = [
     replace(base, wd=base.wd if decays else 0.0, dtype=dtype, optimizer=optimizer)
@@ -96,7 +97,6 @@ def faithful_checks(task: str) -> list[Check]:
     ]
 
 
-BY_HAND = "stochastic rounding"
 OTHERS = [
     Check("digits: decay left in bf16, fused AdamW", share("digits", "AdamW fused"), unit=" %"),
     Check(
