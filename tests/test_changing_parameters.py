@@ -57,10 +57,15 @@ LAZY = {  # arguments, and by what each of weight, bias, head's weight and bias 
 }
 
 
+class StaysLazyLinear(nn.LazyLinear):
+    cls_to_become = None
+
+
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("layer", [nn.LazyLinear, StaysLazyLinear])
 @pytest.mark.parametrize(("arguments", "factors"), LAZY.values(), ids=LAZY)
-def test_names_hold_for_lazy_parameters(arguments, factors, cls):  # P7, P14, P15
-    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
+def test_names_hold_for_lazy_parameters(arguments, factors, layer, cls):  # P7, P14, P15
+    model = nn.Sequential(layer(2), nn.Linear(2, 1))
     optimizer = cls(model.parameters(), lr=0.1)
     decay = DecoupledWD(optimizer, model=model, quantum=0, **arguments)
     assert [row.name for row in decay.describe(parameters=True)][:2] == ["0.weight", "0.bias"]

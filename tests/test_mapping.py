@@ -172,6 +172,28 @@ def test_no_decay_groups_win(own, wd, expected, count):  # P14
     assert [bool(re.search("key 'head.*no-decay", it)) for it in messages] == [True] * count
 
 
+def second():
+    def is_second(name, p):
+        return name.startswith("1.")
+
+    return is_second  # another function each time, as in another process
+
+
+ORDERS = {  # of the keys in a saved run and in the next, and the number of warnings
+    "same": ({second(): 0.5, "*": 1}, {second(): 0.5, "*": 1}, 0),
+    "another": ({"*.weight": 0.5, "1.*": 1}, {"1.*": 1, "*.weight": 0.5}, 1),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "count"), ORDERS.values(), ids=ORDERS)
+def test_another_order_of_keys_warns(old, new, count):  # P9, P14
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=LR) for _ in range(2)]
+    saved, loads = (DecoupledWD(o, wd, model=model) for o, wd in zip(optimizers, (old, new)))
+    _, messages = caught(lambda: loads.load_state_dict(saved.state_dict()))
+    assert ["wd was {" in message for message in messages] == [True] * count
+
+
 def test_a_key_that_another_optimizer_needs_has_an_effect():  # P14
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     spared = [

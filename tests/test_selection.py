@@ -10,6 +10,7 @@ from adapters import each_adapter, no_loss, run
 from helpers import pickled, zero_gradients
 from torch import nn
 
+from wd_callbacks.core.selection import Selection
 from wd_callbacks.torch import DecoupledWD
 
 
@@ -222,3 +223,18 @@ def test_other_entries_warn_when_a_run_is_resumed():  # P9
     first, second = plain_decay(exclude="bias"), plain_decay(exclude=["bias", nn.LayerNorm])
     with pytest.warns(UserWarning, match=r"exclude.*\['bias'\].*\['bias', .*LayerNorm"):
         second[2].load_state_dict(first[2].state_dict())
+
+
+class Scale(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+
+
+def test_a_layer_that_takes_over_the_parameters_of_another():  # P7
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    norm = {*model[1].parameters()}
+    for expected in (norm, set()):
+        found = Selection(["norm"], [], model).look_up(model.parameters())
+        assert {p for p, selected in found.items() if selected.exclude == "norm"} == expected
+        model[1] = Scale(model[1])
