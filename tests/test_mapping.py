@@ -24,87 +24,69 @@ FADES = Cosine(0.1, 0)
 @every_optimizer
 def test_equals_param_groups_by_hand(case):  # P14
     ours, hand, none = models = [case.model() for _ in range(3)]
-    keys = {"0.*": 0.05, "2.*": FADES, "*": 0.1} if not case.sparse else {"w*": FADES, "*": 0.1}
     optimizer = case.build(ours.parameters())
+    keys = {"*weight": FADES, "*": 0.05}
     DecoupledWD(optimizer, keys, model=ours, total_steps=STEPS)
     make_steps(case, ours, optimizer, range(STEPS))
 
-    layers = [list(it.parameters()) for it in ([hand] if case.sparse else [hand[0], hand[2]])]
-    groups = hand.parameters() if case.needs_closure else [{"params": it} for it in layers]
+    matrices = [p for p in hand.parameters() if p.ndim == 2]
+    vectors = [p for p in hand.parameters() if p.ndim == 1]
+    groups = [{"params": it} for it in (matrices, vectors) if it]
+    by_hand = without_wd(case, hand.parameters() if case.needs_closure else groups)
 
     def decay(step):
-        for params, wd in zip(layers[::-1], (FADES(step / STEPS), 0.05)):
+        for params, wd in ((matrices, FADES(step / STEPS)), (vectors, 0.05)):
             for p in params:
                 p.data.mul_(1 - 0.05 * wd)
 
-    make_steps(case, hand, without_wd(case, groups), range(STEPS), before=decay)
+    make_steps(case, hand, by_hand, range(STEPS), before=decay)
     make_steps(case, none, without_wd(case, none.parameters()), range(STEPS))
     assert [same(ours, it) for it in models] == [True, True, False]
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(2, 2), nn.LayerNorm(2)
-        self.linear.bias._no_weight_decay = True
-
-
 def network():
-    model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "block": Block(), "head": nn.Linear(2, 1)})
-    for p in model.parameters():
-        nn.init.ones_(p)
-    return model
+    layers = {"embed": nn.Embedding(3, 2), "body": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}
+    return nn.ModuleDict({**layers, "head": nn.Linear(2, 1)})
 
 
 NAMES = [name for name, _ in network().named_parameters()]
 
 
-def measured(model, wd, optimizer=None, steps=1, **options):
-    """The coefficient of each parameter: by what a step without gradients shrinks it."""
+def attached(wd, model=None, optimizer=None, **options):
+    """A model of ones without gradients that decay, its optimizer, and the decay."""
+    model = model or network()
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LR)
-    DecoupledWD(optimizer, wd, model=model, **options)
+    decay = DecoupledWD(optimizer, wd, model=model, **options)
+    for p in model.parameters():
+        p.data.fill_(1)
     zero_gradients(model)
-    for _ in range(steps):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer.step()
-    after = dict(model.named_parameters())
-    return {n: round((1 - (after[n] / p).min().item()) / LR, 4) for n, p in before.items()}
+    return model, optimizer, decay
 
 
-BIASES = {"block.linear.bias", "block.norm.bias", "head.bias"}
-LINEAR = {name for name in NAMES if "linear" in name or "head" in name}
-
-KEYS = {
-    "bias": BIASES,
-    "norm": {"block.norm.weight", "block.norm.bias"},
-    "embedding": {"embed.weight"},
-    "marked": {"block.linear.bias"},
-    "vector": {*BIASES, "block.norm.weight"},
-    "torch.nn.Linear": LINEAR,
-    nn.Linear: LINEAR,
-    Block: {name for name in NAMES if name.startswith("block")},
-    (lambda name, p: p.numel() == 6): {"embed.weight"},
-}
+def measured(*args, **options):
+    """The coefficient of each parameter: by what a step without gradients shrinks it."""
+    model, optimizer, _ = attached(*args, **options)
+    optimizer.step()
+    return {name: round((1 - p.min().item()) / LR, 4) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda it: getattr(it, "__name__", it).strip("<>"))
-def test_keys_are_what_exclude_takes(key):  # P14
-    found = measured(network(), {key: 0.2, "*": 0.4})
-    assert found == {name: 0.2 if name in KEYS[key] else 0.4 for name in NAMES}
+def at(coefficient, word):
+    """That coefficient, for each parameter that has the word in its name."""
+    return {name: coefficient for name in NAMES if word in name}
 
 
-HEAD = {"head.weight": 0.2, "head.bias": 0.2}
-OF_BIAS = dict.fromkeys(BIASES, 0.1)
-RATIO, SQUARED = {"scale_by": "lr_ratio", "max_lr": 4.0}, {"scale_by": "lr_squared", "max_lr": 0.4}
-RULES = {
+RATIO = {"scale_by": "lr_ratio", "max_lr": 4.0}
+HEAD, OF_BIAS = at(0.2, "head"), at(0.1, "bias")
+RULES = {  # keys and coefficients, other arguments, the coefficients that decay
+    "a word": ({"vector": 0.1}, {}, OF_BIAS | {"norm.weight": 0.1}),
+    "a type": ({nn.Linear: 0.1}, {}, at(0.1, "body") | at(0.1, "head")),
+    "a path": ({"torch.nn.LayerNorm": 0.1}, {}, at(0.1, "norm")),
+    "a predicate": ({lambda name, p: p.numel() == 6: 0.1}, {}, at(0.1, "embed")),
     "the first match counts": ({"bias": 0.1, "head.*": 0.2}, {}, HEAD | OF_BIAS),
-    "without a match": ({"head.*": 0.2, "bias": 0.1}, {}, OF_BIAS | HEAD),  # it does not decay
+    "in another order": ({"head.*": 0.2, "bias": 0.1}, {}, OF_BIAS | HEAD),
     "all match the first": ({"*": 0.3, "head.*": 0.1}, {}, dict.fromkeys(NAMES, 0.3)),
     "exclude comes first": ({"head.*": 0.2}, {"exclude": "bias"}, {"head.weight": 0.2}),
-    "lr_ratio": ({"head.*": 0.8}, RATIO, HEAD),
-    "lr_squared": ({"head.*": 0.8}, SQUARED, HEAD),
-    "none": ({"head.*": 0.02}, {"scale_by": "none"}, HEAD),
-    "callable": ({"head.*": 0.4}, {"scale_by": lambda group: group["lr"] / 2}, HEAD),
+    "a scale": ({"head.*": 0.8}, RATIO, HEAD),
     "as OmegaConf's": (collections.UserDict({"head.*": torch.tensor(0.2)}), {}, HEAD),
     "read-only": (types.MappingProxyType({"head.*": 0.2}), {}, HEAD),
 }
@@ -112,41 +94,35 @@ RULES = {
 
 @pytest.mark.parametrize(("wd", "options", "expected"), RULES.values(), ids=RULES)
 def test_which_coefficient_counts(wd, options, expected):  # P14
-    found = measured(network(), wd, **options)
-    assert found == {name: expected.get(name, 0) for name in NAMES}
+    assert measured(wd, **options) == dict.fromkeys(NAMES, 0) | expected
 
 
 def test_each_key_follows_its_own_schedule():  # P14
-    wd = {"head.*": Linear(0.4, 0), "block.*": FADES, "*": lambda progress: progress}
-    for step in range(4):
-        found = measured(network(), wd, steps=step + 1, total_steps=4)
-        expected = {"head.bias": 0.4 - 0.1 * step, "embed.weight": step / 4}
-        expected["block.norm.bias"] = FADES(step / 4)
-        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    wd = {"head.*": Linear(0.4, 0), "norm.*": FADES, "*": lambda progress: progress}
+    model, optimizer, _ = attached(wd, total_steps=4)
+    for _ in range(4):
+        optimizer.step()
+    for layer, schedule in zip(("head", "norm", "embed"), wd.values()):
+        expected = math.prod(1 - LR * schedule(step / 4) for step in range(4))
+        for p in model[layer].parameters():
+            torch.testing.assert_close(p.detach(), torch.full_like(p, expected))
 
 
 def test_a_tied_parameter_has_the_first_key_of_any_of_its_names():  # P14
     model = network()
     model["out"] = nn.Linear(2, 3, bias=False)
     model["out"].weight = model["embed"].weight
-    found, (message,) = caught(lambda: measured(model, {"out.*": 0.2, "embed.*": 0.4}))
+    found, (message,) = caught(lambda: measured({"out.*": 0.2, "embed.*": 0.4}, model))
     assert found["embed.weight"] == 0.2
     assert "tied" in message
     assert "embed.weight, out.weight" in message
-    assert measured(model, {"*.weight": 0.3})["embed.weight"] == 0.3  # and no warning
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_wrappers_add_no_prefix(wrap):  # P12
-    wrapped = wrap(network())
-    found = measured(wrapped, {"head.weight": 0.2, "*": 0.4})
-    assert sorted(found.values()) == [0.2, *[0.4] * (len(NAMES) - 1)]
+    assert measured({"*.weight": 0.3}, model)["embed.weight"] == 0.3  # and no warning
 
 
 def test_types_of_one_name_are_told_apart():  # P14
     kinds = [type("Layer", (nn.Linear,), {}) for _ in range(2)]
     model = nn.Sequential(*(kind(1, 1, bias=False) for kind in kinds))
-    found = measured(model, dict(zip(kinds, (0.1, 0.2))))
+    found = measured(dict(zip(kinds, (0.1, 0.2))), model)
     assert found == {"0.weight": 0.1, "1.weight": 0.2}
 
 
@@ -167,31 +143,9 @@ GROUPS = {  # the weight decay of the head's group, keys, what the head gets, nu
 @pytest.mark.parametrize(("own", "wd", "expected", "count"), GROUPS.values(), ids=GROUPS)
 def test_no_decay_groups_win(own, wd, expected, count):  # P14
     model = network()
-    found, messages = caught(lambda: measured(model, wd, grouped(model, own), steps=3))
-    assert found == {name: expected if "head" in name else 0.2 for name in NAMES}
+    found, messages = caught(lambda: measured(wd, model, grouped(model, own)))
+    assert found == dict.fromkeys(NAMES, 0.2) | at(expected, "head")
     assert [bool(re.search("key 'head.*no-decay", it)) for it in messages] == [True] * count
-
-
-def second():
-    def is_second(name, p):
-        return name.startswith("1.")
-
-    return is_second  # another function each time, as in another process
-
-
-ORDERS = {  # of the keys in a saved run and in the next, and the number of warnings
-    "same": ({second(): 0.5, "*": 1}, {second(): 0.5, "*": 1}, 0),
-    "another": ({"*.weight": 0.5, "1.*": 1}, {"1.*": 1, "*.weight": 0.5}, 1),
-}
-
-
-@pytest.mark.parametrize(("old", "new", "count"), ORDERS.values(), ids=ORDERS)
-def test_another_order_of_keys_warns(old, new, count):  # P9, P14
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimizers = [torch.optim.SGD(model.parameters(), lr=LR) for _ in range(2)]
-    saved, loads = (DecoupledWD(o, wd, model=model) for o, wd in zip(optimizers, (old, new)))
-    _, messages = caught(lambda: loads.load_state_dict(saved.state_dict()))
-    assert ["wd was {" in message for message in messages] == [True] * count
 
 
 def test_a_key_that_another_optimizer_needs_has_an_effect():  # P14
@@ -206,18 +160,17 @@ def test_a_key_that_another_optimizer_needs_has_an_effect():  # P14
         assert messages == []
 
 
-def test_parameters_without_a_name_or_a_key_do_not_decay():  # P14, P7
+def test_parameters_without_a_name_or_a_key_do_not_decay():  # P7, P14
     model, extra = network(), parameter()
     optimizer = torch.optim.SGD([*model["head"].parameters(), extra], lr=LR)
-    options = {"exclude": "vector", "model": model}
-    decay, (message,) = caught(lambda: DecoupledWD(optimizer, {"head.*": 0.1}, **options))
+    options = {"exclude": "vector", "model": model, "optimizer": optimizer}
+    (*_, decay), (message,) = caught(lambda: attached({"head.*": 0.1}, **options))
     assert "does not name" in message
-    zero_gradients(model)
     optimizer.step()
     assert (model["head"].weight[0, 0].item(), extra[0].item()) == (pytest.approx(0.99), 1)
     decay.detach()
-    decay, _ = caught(lambda: DecoupledWD(optimizer, {"embed.*": 0.1}, model=model))
-    assert any("nothing decays" in message for message in caught(optimizer.step)[1])
+    _, messages = caught(lambda: measured({"embed.*": 0.1}, model, optimizer))
+    assert any("nothing decays" in message for message in messages)
 
 
 def test_vectors_need_no_name():  # P14
@@ -232,19 +185,16 @@ def test_vectors_need_no_name():  # P14
         assert [p.mean().item() for p in params] == pytest.approx(expected)
 
 
-# What the user sees
-
-
 def test_describe_has_a_row_per_group_and_key():  # P7
-    model = network()
     wd = {"vector": 0, "head.*": Cosine(0.2, 0), "*": 0.1}
-    decay = DecoupledWD(optimizer := grouped(model, 0.5), wd, model=model, total_steps=10)
+    model = network()
+    _, optimizer, decay = attached(wd, model, grouped(model, 0.5), total_steps=10)
     rows = decay.describe()
-    counts = [(row.decaying.tensors, row.not_decaying.tensors) for row in rows]
-    assert [(row.group, row.key, row.coefficient, *each) for row, each in zip(rows, counts)] == [
-        *[("0", "vector", 0, 0, 3), ("0", "*", 0.1, 2, 0)],
-        *[("1", "vector", 0, 0, 1), ("1", "head.*", 0.2, 1, 0)],
+    assert [(row.group, row.key, row.coefficient, row.decaying.tensors) for row in rows] == [
+        *[("0", "vector", 0, 0), ("0", "*", 0.1, 2)],
+        *[("1", "vector", 0, 0), ("1", "head.*", 0.2, 1)],
     ]
+    assert [row.not_decaying.tensors for row in rows] == [3, 0, 1, 0]
     assert "0.2 now, Cosine(start=0.2, end=0)" in str(rows)
     optimizer.step()
     assert decay.coefficients == [0, 0.1, 0, 0.2]
@@ -252,59 +202,64 @@ def test_describe_has_a_row_per_group_and_key():  # P7
 
 def test_describe_says_why_each_parameter_does_not_decay():  # P7, in its order
     model = network()
-    model.requires_grad_(False)["block"].linear.requires_grad_(True)
+    model.requires_grad_(False)["body"].requires_grad_(True)
     optimizer = grouped(model, 0)  # no key matches the head, either
-    wd = {"block.norm.*": 0, "embed.*": 0.2, "block.linear.*": 0.1}
-    decay = DecoupledWD(optimizer, wd, model=model, exclude=["block.norm.bias", "head.bias"])
-    model["block"].linear.weight.grad = torch.zeros(2, 2)
+    wd = {"norm.*": 0, "embed.*": 0.2, "body.*": 0.1}
+    decay = DecoupledWD(optimizer, wd, model=model, exclude=["norm.bias", "head.bias"])
+    model["body"].weight.grad = torch.zeros(2, 2)
     optimizer.step()
     rows = decay.describe(parameters=True)
     assert {row.name: row.reason for row in rows} == {
         "embed.weight": "frozen",
-        "block.linear.weight": "decays",
-        "block.linear.bias": "no gradient so far",
-        "block.norm.weight": "coefficient 0",
-        "block.norm.bias": "excluded by 'block.norm.bias'",
+        "body.weight": "decays",
+        "body.bias": "no gradient so far",
+        "norm.weight": "coefficient 0",
+        "norm.bias": "excluded by 'norm.bias'",
         "head.weight": "no-decay group",
         "head.bias": "excluded by 'head.bias'",
     }
-    assert [row.name for row in rows if row.decays] == ["block.linear.weight"]
+    assert [row.name for row in rows if row.decays] == ["body.weight"]
     decay.detach()
     rows = DecoupledWD(optimizer, {"embed.*": 1}, model=model).describe(parameters=True)
-    assert {row.name: row.reason for row in rows}["block.norm.bias"] == "no key matches"
+    assert {row.name: row.reason for row in rows}["norm.bias"] == "no key matches"
 
 
-def attached(wd, steps=0, **options):
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    decay = DecoupledWD(optimizer, wd, model=model, **options)
-    zero_gradients(model)
-    for _ in range(steps):
-        optimizer.step()
-    return model, optimizer, decay
+# A resumed run
+
+
+def norm():
+    def is_norm(name, p):
+        return "norm" in name
+
+    return is_norm  # another function each time, as in another process
+
+
+ORDERS = {  # of the keys in a saved run and in the next, and the number of warnings
+    "same": ({norm(): 0.5, "*": 1}, {norm(): 0.5, "*": 1}, 0),
+    "another": ({"*.weight": 0.5, "head.*": 1}, {"head.*": 1, "*.weight": 0.5}, 1),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "count"), ORDERS.values(), ids=ORDERS)
+def test_another_order_of_keys_warns(old, new, count):  # P9, P14
+    (_, first, saved), (_, _second, decay) = attached(old), attached(new)
+    first.step()
+    _, messages = caught(lambda: decay.load_state_dict(saved.state_dict()))
+    assert ["wd was {" in message for message in messages] == [True] * count
+    found, due = ({row.key: row.due for row in it.describe()} for it in (decay, saved))
+    assert found == due
 
 
 def test_what_is_deferred_goes_on_with_other_keys():  # P14
-    _, _first, decay = attached({"head.*": 0.05, "*": 0.02}, steps=1, quantum=0.01)
-    saved = decay.state_dict()  # 0.005 and 0.002 are deferred
+    _, first, saved = attached({"head.*": 0.05, "*": 0.02}, quantum=0.01)
+    first.step()  # 0.005 and 0.002 are deferred
     model, optimizer, decay = attached({"embed.*": 0.09, "*": 0.06}, quantum=0.01)
-    _, (message,) = caught(lambda: decay.load_state_dict(saved))
+    _, (message,) = caught(lambda: decay.load_state_dict(saved.state_dict()))
     assert re.search(r"wd was .*head.*embed", message)
     optimizer.step()
     assert model["head"].weight[0, 0].item() == pytest.approx((1 - 0.005) * (1 - 0.006))
     assert model["embed"].weight[0, 0].item() == pytest.approx((1 - 0.002) * (1 - 0.009))
-    assert model["block"].norm.bias[0] == 1  # 0.002 and 0.006 are still deferred
-    _, _second, same_keys = attached({"embed.*": 0.09, "*": 0.06}, quantum=0.01)
-    same_keys.load_state_dict(decay.state_dict())  # no warning
-
-
-def test_a_predicate_is_the_same_key_in_another_process():  # P9
-    def small(steps):  # a new function each time
-        return attached({lambda name, p: p.numel() < 3: 0.1, "*": 0.2}, steps)
-
-    (_, _first, saved), (_, _second, decay) = small(3), small(0)
-    decay.load_state_dict(saved.state_dict())  # no warning
-    assert [row.due for row in decay.describe()] == [row.due for row in saved.describe()]
+    assert model["norm"].bias[0] == 1  # 0.002 and 0.006 are still deferred
 
 
 # Frameworks
