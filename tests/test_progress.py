@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -15,16 +16,7 @@ from fastai.callback.core import (
 from fastai.callback.schedule import combined_cos
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai_helpers import (
-    BATCHES,
-    BS,
-    FITS,
-    When,
-    items,
-    learner,
-    loaders,
-    throw,
-)
+from fastai_helpers import BATCHES, BS, FITS, When, items, learner, loaders, throw
 from helpers import Positions, evenly, one_weight, same
 from lightning_helpers import (
     Endless,
