@@ -1,8 +1,7 @@
 """Invalid input: tables of what is given, the error and what its message says.
 
 A refusal changes no weight and leaves the optimizer as it was. Most rows run in a plain loop; a few
-show that the other adapters make the same checks. At the end hypothesis draws states and
-coefficients; more of them, at random:
+show that the other adapters make the same checks. Hypothesis draws states; more of them, at random:
 
     HYPOTHESIS_PROFILE=deep pytest -n 0 tests/test_validation.py -k fuzz
 """
@@ -33,6 +32,7 @@ from helpers import (
     hooks_of,
     params_of,
     two_groups,
+    weights,
     zero_gradients,
 )
 from hypothesis import given
@@ -69,7 +69,6 @@ from wd_callbacks.torch import DecoupledWD
 from wd_callbacks.transformers import DecoupledWD as TrainerWD
 
 WD = 0.1
-EITHER = (TypeError, ValueError)
 
 
 @contextlib.contextmanager
@@ -92,9 +91,9 @@ def start():
     return two_groups(weight_decay=INNER_WD)
 
 
-def named(rows):
-    """Rows of a dict, by their keys."""
-    return [pytest.param(*row, id=name) for name, row in rows.items()]
+def cases(names, rows):
+    """A test for each row of a dict."""
+    return pytest.mark.parametrize(names.split(), rows.values(), ids=rows)
 
 
 # Arguments
@@ -110,103 +109,67 @@ def raises(*_):
 
 COEFFICIENT = "number or a schedule"
 NEAREST = "matches no parameter.*nearest"
-COUNT = "whole number of at least 1, got "
-INSTANCE = "instance of LayerNorm.*LayerNorm without parentheses"
-ARGUMENTS = {
-    "wd": [
-        (-0.1, ValueError, r"at least 0, got -0\.1"),
-        (math.inf, ValueError, "got inf"),
-        (np.float32("nan"), ValueError, "got nan"),
-        ("1e-4", TypeError, rf"{COEFFICIENT}.*'1e-4' \(str\)"),
-        (True, TypeError, rf"{COEFFICIENT}.*True \(bool\)"),
-        (torch.ones(2), TypeError, rf"{COEFFICIENT}.*shape \(2,\) \(Tensor\)"),
-        (Normalized, TypeError, "Normalized"),  # the class instead of an instance
-        ([], ValueError, "empty sequence"),
-        ([0.1, -1], ValueError, r"wd\[1\].* -1"),
-        ([0.1, None], TypeError, r"wd\[1\].*None"),
-        ([[0.1], [0.2]], TypeError, r"wd\[0\].*\[0\.1\]"),
-        (range(3), ValueError, "3 values.* 2 param groups: pass one value per group"),
-        ({}, ValueError, "empty mapping"),
-        ({None: 0.1}, TypeError, "keys of wd.*None"),
-        ({nn.LayerNorm(8): 0.1}, TypeError, INSTANCE),
-        ({"*": -0.1}, ValueError, r"wd\['?\*'?\].* -0\.1"),
-        ({"*": [0.1, 0.1]}, TypeError, r"wd\['?\*'?\].*0\.1, 0\.1"),
-        ({"*": {"*": 0.1}}, TypeError, r"wd\['?\*'?\].*dict"),
-        ({"*": 0.1, "2.*": 0.1}, ValueError, rf"2\.\*.*{NEAREST}.*'1\.bias'"),  # P7, P14
-        ({nn.Conv2d: 0.1}, ValueError, "Conv2d.*matches no parameter"),
-        ({0: 0.1}, TypeError, "attaches one DecoupledWD to each optimizer"),
-        ({"*": 0.1, 0: 0.1}, TypeError, r"mixes.*\['\*', 0\]"),
-        ({-1: 0.1}, TypeError, "key -1"),
-        ({True: 0.1}, TypeError, "key True"),
-        ({0: [0.1, -1]}, ValueError, r"wd\[0\]\[1\].* -1"),
-        ({0: {0: 0.1}}, TypeError, r"wd\[0\] is a mapping inside"),
-    ],
-    "scale_by": [
-        (None, TypeError, "'lr_ratio'.*None"),
-        ("LR", ValueError, "'lr_ratio', 'lr_squared', 'none'.*'LR'"),
-        ([], ValueError, "empty"),
-        (["lr", "no"], ValueError, r"scale_by\[1\].*'no'"),
-        (["lr"], ValueError, "1 values.* 2 param groups"),
-    ],
-    "max_lr": [
-        (0, ValueError, "above 0, got 0"),
-        (math.nan, ValueError, "got nan"),
-        ("1", TypeError, "number.*'1'"),
-        ([1.0], ValueError, "1 values.* 2 param groups"),
-        ([1.0, None], TypeError, r"max_lr\[1\].*None"),
-    ],
-    "quantum": [
-        (-1e-3, ValueError, r"at least 0, got -0\.001"),
-        (1, ValueError, "below 1, got 1"),
-        ("small", TypeError, "number.*'small'"),
-    ],
-    "verbose": [("no", TypeError, "True or False.*'no'")],
-    "cautious": [(0.5, TypeError, r"True or False.*0\.5")],  # P16
-    "anchor": [  # P15
-        ("zero", TypeError, "'initial'.*'zero'"),
-        (torch.ones(2), TypeError, "mapping.*Tensor"),
-        (nn.Linear(1, 1), TypeError, "mapping.*Linear"),
-        ({}, ValueError, "names no"),
-        ({"0.weight": 1.0}, TypeError, r"anchor\['0.weight'\] is 1\.0, expected a tensor"),
-        ({"0.wieght": torch.ones(1)}, ValueError, "names no parameter.*0.wieght.*'0.weight'"),
-        ({"0.weight": torch.ones(2, 3)}, ValueError, r"0.weight'\].*\(2, 3\).*\(3, 3\)"),
-    ],
-    "exclude": [
-        (None, TypeError, "None.*'bias'"),
-        (0.1, TypeError, r"0\.1.*glob"),
-        ([["bias"]], TypeError, r"\['bias'\].*predicate"),
-        ({"bias": True}, TypeError, "bias.*True"),
-        (torch.ones(100, 100), TypeError, r"shape \(100, 100\).*pass its name"),
-        ([nn.LayerNorm(8)], TypeError, INSTANCE),
-        (nn.Sequential(nn.LayerNorm(8)), TypeError, "instance of Sequential"),
-        ("decoder.*", ValueError, rf"decoder\.\*.*{NEAREST}"),  # P7
-        ("norms", ValueError, f"'norms'.*{NEAREST}.*'norm'"),
-        (["bias", ""], ValueError, f"''.*{NEAREST}"),
-        (nn.Conv2d, ValueError, "torch.nn.*Conv2d.*matches no parameter"),
-        ("torch.nn.Conv2d", ValueError, rf"torch\.nn\.Conv2d.*{NEAREST}"),
-        ("no.such.Module", ValueError, rf"no\.such\.Module.*{NEAREST}"),
-        (never, ValueError, "never.*matches no parameter"),
-    ],
-    "total_steps": [(value, EITHER, f"{COUNT}{value!r}") for value in (0, 2.5, math.nan, "9")],
-    "steps_per_epoch": [(0, ValueError, f"{COUNT}0"), (True, EITHER, COUNT)],
-    "progress": [(0.5, TypeError, r"callable.*0\.5")],
-    "model": [("m", TypeError, r"torch\.nn\.Module"), (nn.Linear, TypeError, r"torch\.nn\.Module")],
-    "total_step": [(9, TypeError, "unexpected keyword")],
-}
+COUNT = "whole number of at least 1, got"
+ARGUMENTS = [
+    ("wd", -0.1, ValueError, r"at least 0, got -0\.1"),
+    ("wd", math.inf, ValueError, "got inf"),
+    ("wd", np.float32("nan"), ValueError, "got nan"),
+    ("wd", "1e-4", TypeError, rf"{COEFFICIENT}.*'1e-4' \(str\)"),
+    ("wd", True, TypeError, rf"{COEFFICIENT}.*True \(bool\)"),
+    ("wd", torch.ones(2), TypeError, rf"{COEFFICIENT}.*shape \(2,\) \(Tensor\)"),
+    ("wd", Normalized, TypeError, "Normalized"),  # the class instead of an instance
+    ("wd", [], ValueError, "empty sequence"),
+    ("wd", [0.1, -1], ValueError, r"wd\[1\].* -1"),
+    ("wd", range(3), ValueError, "3 values.* 2 param groups: pass one value per group"),
+    ("wd", {}, ValueError, "empty mapping"),
+    ("wd", {None: 0.1}, TypeError, "keys of wd.*None"),
+    ("wd", {"*": -0.1}, ValueError, r"wd\['?\*'?\].* -0\.1"),
+    ("wd", {"*": [0.1, 0.1]}, TypeError, r"wd\['?\*'?\].*0\.1, 0\.1"),
+    ("wd", {"*": 0.1, "2.*": 0.1}, ValueError, rf"2\.\*.*{NEAREST}.*'1\.bias'"),  # P7, P14
+    ("wd", {0: 0.1}, TypeError, "attaches one DecoupledWD to each optimizer"),
+    ("wd", {"*": 0.1, 0: 0.1}, TypeError, r"mixes.*\['\*', 0\]"),
+    ("wd", {-1: 0.1}, TypeError, "key -1"),
+    ("wd", {True: 0.1}, TypeError, "key True"),
+    ("wd", {0: [0.1, -1]}, ValueError, r"wd\[0\]\[1\].* -1"),
+    ("wd", {0: {0: 0.1}}, TypeError, r"wd\[0\] is a mapping inside"),
+    ("scale_by", None, TypeError, "'lr_ratio'.*None"),
+    ("scale_by", ["lr", "LR"], ValueError, r"scale_by\[1\].*'lr_ratio', 'lr_squared'.*'LR'"),
+    ("scale_by", ["lr"], ValueError, "1 values.* 2 param groups"),
+    ("max_lr", 0, ValueError, "above 0, got 0"),
+    ("max_lr", [1.0], ValueError, "1 values.* 2 param groups"),
+    ("max_lr", [1.0, None], TypeError, r"max_lr\[1\].*None"),
+    ("quantum", -1e-3, ValueError, r"at least 0, got -0\.001"),
+    ("quantum", 1, ValueError, "below 1, got 1"),
+    ("verbose", "no", TypeError, "True or False.*'no'"),
+    ("cautious", 0.5, TypeError, r"True or False.*0\.5"),  # P16
+    ("anchor", "zero", TypeError, "'initial'.*'zero'"),  # P15
+    ("anchor", torch.ones(2), TypeError, "mapping.*Tensor"),
+    ("anchor", {}, ValueError, "names no"),
+    ("anchor", {"0.weight": 1.0}, TypeError, r"anchor\['0.weight'\] is 1\.0, expected a tensor"),
+    ("anchor", {"0.wieght": torch.ones(1)}, ValueError, "no parameter.*0.wieght.*'0.weight'"),
+    ("anchor", {"0.weight": torch.ones(2, 3)}, ValueError, r"0.weight'\].*\(2, 3\).*\(3, 3\)"),
+    ("exclude", None, TypeError, "None.*'bias'.*glob.*predicate"),
+    ("exclude", {"bias": True}, TypeError, "bias.*True"),
+    ("exclude", torch.ones(100, 100), TypeError, r"shape \(100, 100\).*pass its name"),
+    ("exclude", [nn.LayerNorm(8)], TypeError, "of LayerNorm.*LayerNorm without parentheses"),
+    ("exclude", nn.Sequential(nn.LayerNorm(8)), TypeError, "instance of Sequential"),
+    ("exclude", "decoder.*", ValueError, rf"decoder\.\*.*{NEAREST}"),  # P7
+    ("exclude", "norms", ValueError, f"'norms'.*{NEAREST}.*'norm'"),
+    ("exclude", ["bias", ""], ValueError, f"''.*{NEAREST}"),
+    ("exclude", nn.Conv2d, ValueError, "torch.nn.*Conv2d.*matches no parameter"),
+    ("exclude", "torch.nn.Conv2d", ValueError, rf"torch\.nn\.Conv2d.*{NEAREST}"),
+    ("exclude", "no.such.Module", ValueError, rf"no\.such\.Module.*{NEAREST}"),
+    ("exclude", never, ValueError, "never.*matches no parameter"),
+    ("total_steps", 0, ValueError, f"{COUNT} 0"),
+    ("total_steps", 2.5, ValueError, rf"{COUNT} 2\.5"),
+    ("steps_per_epoch", True, ValueError, f"{COUNT} True"),
+    ("progress", 0.5, TypeError, r"callable.*0\.5"),
+    ("model", "m", TypeError, r"torch\.nn\.Module"),
+    ("total_step", 9, TypeError, "unexpected keyword"),
+]
 
 
-def short(value):
-    return (value.__name__ if isinstance(value, type) else repr(value))[:30].split(" at ")[0]
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "error", "pattern"),
-    [
-        pytest.param(argument, *row, id=f"{argument}={short(row[0])}")
-        for argument, rows in ARGUMENTS.items()
-        for row in rows
-    ],
-)
+@pytest.mark.parametrize(("argument", "value", "error", "pattern"), ARGUMENTS)
 def test_an_invalid_argument_is_refused_by_its_name(argument, value, error, pattern):  # P7, P10
     model, optimizer = start()
     with refused(optimizer, error, pattern) as found:
@@ -216,109 +179,78 @@ def test_an_invalid_argument_is_refused_by_its_name(argument, value, error, patt
     assert hooks_of(optimizer) == []
 
 
-def groups_have(key, value, **arguments):
-    """Returns what sets it in all groups, or deletes it if ``value`` is None."""
-
-    def prepare(model, optimizer):
-        for group in optimizer.param_groups:
-            group[key] = value
-            if value is None:
-                del group[key]
-        return arguments
-
-    return prepare
+def no_own_wd(model, optimizer):
+    for group in optimizer.param_groups:
+        del group["weight_decay"]
 
 
-def one_group(model, optimizer):
-    del optimizer.param_groups[1]
-    return {"wd": [0.1, 0.2]}
-
-
-def lr_is_none(model, optimizer):
-    optimizer.param_groups[1]["lr"] = None
-    return {"scale_by": "lr_ratio"}
-
-
-def in_half_precision(model, optimizer):
-    model[1].to(torch.bfloat16)
-    return {"cautious": True}
-
-
-def marks_without_names(model, optimizer):
+def no_marks(model, optimizer):
     model.no_weight_decay = lambda: None
-    return {"exclude": "marked"}
 
 
-AT_WEIGHT = r"in the predicate.*at parameter '0\.weight'"
-SCALE_BY_NONE = "scale_by='none', or a callable"
+def group_has(**values):
+    return lambda model, optimizer: optimizer.param_groups[1].update(values)
+
+
+NO_LENGTH = {"total_steps": None, "progress": lambda: 0.0}
+SHORT = {"wd": Timescale(epochs=0.1), "steps_per_epoch": 10}
+RATIO, NINE = {"scale_by": "lr_ratio"}, {"wd": Timescale(steps=9)}
+REAL_RATE = "scale_by='none', or a callable"
 NAMED = {"0.weight": torch.ones(3, 3)}
-EPOCH, NO_LENGTH = {"steps_per_epoch": 10}, {"total_steps": None, "progress": lambda: 0.0}
-TOGETHER = {  # arguments, or what returns them for a model and its optimizer
-    "a schedule": ({"wd": Linear(0, 1), "total_steps": None}, ValueError, "total_steps.*progress"),
-    "exclude, no model": ({"exclude": "bias", "model": None}, ValueError, "exclude.*pass model"),
-    "keys, no model": ({"wd": {"*": WD}, "model": None}, ValueError, "wd.*pass model"),
-    "anchors, no model": ({"anchor": NAMED, "model": None}, ValueError, "anchor.*pass model"),
-    "cautious, half": (in_half_precision, ValueError, "cautious.*bfloat16"),  # P16
-    "cautious, quantum": ({"cautious": True, "quantum": 0.1}, ValueError, "cautious.*quantum=0"),
-    "no_weight_decay()": (marks_without_names, TypeError, r"no_weight_decay\(\).*None"),
-    "a predicate raises": ({"exclude": raises}, LookupError, f"of the user.*{AT_WEIGHT}"),
-    "a predicate of one": ({"exclude": lambda name: 1}, TypeError, f"positional.*{AT_WEIGHT}"),
-    "no lr": (groups_have("lr", None), ValueError, f"scale_by='lr'.*no 'lr'.*{SCALE_BY_NONE}"),
-    "lr=None": (lr_is_none, ValueError, f"lr=None.*{SCALE_BY_NONE}"),
-    "no own wd": (groups_have("weight_decay", None, wd=None), ValueError, "wd=None.*none"),
-    "one group": (one_group, ValueError, "has 1 param group[^s]"),
-    "lr 0, ratio": (
-        groups_have("lr", 0.0, scale_by="lr_ratio"),
-        ValueError,
-        "group 0.*lr_ratio.*max_lr",
-    ),
-    "lr 0, Timescale": (
-        groups_have("lr", 0.0, wd=Timescale(steps=9)),
-        ValueError,
-        "steps=9.*max_lr",
-    ),
-    "Timescale, callable": ({"wd": Timescale(steps=9), "scale_by": len}, ValueError, "callable"),
-    "Timescale, no epochs": ({"wd": Timescale(epochs=3)}, ValueError, "steps_per_epoch"),
-    "Timescale, short": ({"wd": Timescale(epochs=0.1), **EPOCH}, ValueError, "above 1, got 1"),
-    "Normalized": ({"wd": Normalized(1), **NO_LENGTH}, ValueError, "Normalized.*total_steps"),
+TOGETHER = {  # arguments, a change of the model or the optimizer, error, pattern
+    "length": ({"wd": Linear(0, 1), "total_steps": None}, None, ValueError, "total_steps.*progres"),
+    "exclude": ({"exclude": "bias", "model": None}, None, ValueError, "exclude.*pass model"),
+    "keys": ({"wd": {"*": WD}, "model": None}, None, ValueError, "wd.*pass model"),
+    "anchors": ({"anchor": NAMED, "model": None}, None, ValueError, "anchor.*pass model"),
+    # P16
+    "cautious": ({"cautious": True, "quantum": 0.1}, None, ValueError, "cautious.*quantum=0"),
+    "half": ({"cautious": True}, lambda m, _: m[1].half(), ValueError, "cautious.*float16"),
+    "marks": ({"exclude": "marked"}, no_marks, TypeError, r"no_weight_decay\(\).*None"),
+    "raises": ({"exclude": raises}, None, LookupError, r"user.*predicate.*parameter '0\.weight'"),
+    "no lr": ({}, lambda _, o: o.param_groups[1].pop("lr"), ValueError, f"no 'lr'.*{REAL_RATE}"),
+    "lr=None": (RATIO, group_has(lr=None), ValueError, f"lr=None.*{REAL_RATE}"),
+    "no own wd": ({"wd": None}, no_own_wd, ValueError, "wd=None.*none"),
+    "groups": ({"wd": [1] * 2}, lambda _, o: o.param_groups.pop(), ValueError, "1 param group[^s]"),
+    "ratio": (RATIO, group_has(lr=0.0), ValueError, "group 1.*lr_ratio.*max_lr"),
+    "Timescale": (NINE, group_has(lr=0.0), ValueError, "steps=9.*max_lr"),
+    "Timescale, scale": ({**NINE, "scale_by": len}, None, ValueError, "callable"),
+    "Timescale, epochs": ({"wd": Timescale(epochs=3)}, None, ValueError, "steps_per_epoch"),
+    "Timescale, short": (SHORT, None, ValueError, "above 1, got 1"),
+    "Normalized": ({"wd": Normalized(1), **NO_LENGTH}, None, ValueError, "Normalized.*total_steps"),
 }
 
 
-@pytest.mark.parametrize(("prepare", "error", "pattern"), named(TOGETHER))
-def test_arguments_that_do_not_go_with_the_rest_are_refused(prepare, error, pattern):  # P7, P10
-    model, optimizer = start()
-    arguments = prepare(model, optimizer) if callable(prepare) else prepare
+@cases("arguments change error pattern", TOGETHER)
+def test_arguments_that_do_not_go_with_the_rest_are_refused(arguments, change, error, pattern):
+    model, optimizer = start()  # P7, P10
+    if change is not None:
+        change(model, optimizer)
     with refused(optimizer, error, pattern):
         DecoupledWD(optimizer, **{"wd": WD, "model": model, "total_steps": 4, **arguments})
     assert hooks_of(optimizer) == []
 
 
-HALVES = [np.float32(0.5), np.array(0.5), torch.tensor(0.5, dtype=torch.half)]
+def only_decays(*dtypes, **options):
+    """SGD of weights of 1 with gradients of 0, each in a param group of its own."""
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes or [torch.float64] * 2]
+    zero_gradients(params)
+    return torch.optim.SGD([{"params": [p]} for p in params], lr=0.1, **options)
+
+
 ACCEPTED = {  # arguments and the coefficients of the first step
-    **{f"a {type(n).__name__}, {n.dtype}": ({"wd": n, "max_lr": n}, [0.5, 0.5]) for n in HALVES},
+    "numpy": ({"wd": np.float32(0.5), "max_lr": np.array(0.5)}, [0.5, 0.5]),
+    "half": ({"wd": torch.tensor(0.5, dtype=torch.half)}, [0.5, 0.5]),
     "numbers": ({"wd": deque([torch.tensor(0.5), np.int64(0)])}, [0.5, 0]),
-    "a number and a schedule": ({"wd": (0.5, lambda progress: 1), "total_steps": 9}, [0.5, 1]),
-    "total_steps": ({"wd": Linear(0.5, 1), "total_steps": np.int64(3)}, [0.5, 0.5]),
-    "progress below 0": ({"wd": Linear(0.5, 1), "progress": lambda: -0.5}, [0.5, 0.5]),
-    "progress above 1": ({"wd": Linear(0.5, 1), "progress": lambda: 1.5}, [1, 1]),
-    "tensor": ({"wd": lambda p: torch.tensor(0.5 + p), "progress": lambda: np.array(0.5)}, [1, 1]),
+    "a number, a schedule": ({"wd": (0.5, lambda p: 1), "total_steps": np.int64(9)}, [0.5, 1]),
+    "below 0": ({"wd": Linear(0.5, 1), "progress": lambda: -0.5}, [0.5, 0.5]),
+    "above 1": ({"wd": Linear(0.5, 1), "progress": lambda: np.array(1.5)}, [1, 1]),
+    "a schedule of tensors": ({"wd": lambda p: torch.tensor(p + 0.5), "total_steps": 9}, [0.5] * 2),
     "nothing excluded": ({"wd": 0.5, "exclude": set(), "verbose": None}, [0.5, 0.5]),
     "another model": ({"wd": 0.5, "model": nn.Linear(1, 1)}, [0.5, 0.5]),
 }
 
 
-def only_decays(*dtypes, **options):
-    """An optimizer with a param group for each list of dtypes: weights of 1, gradients of 0."""
-    groups = [
-        {"params": [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in group]}
-        for group in dtypes or [[torch.float64], [torch.float64]]
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.1, **options)
-    zero_gradients(optimizer)
-    return optimizer
-
-
-@pytest.mark.parametrize(("arguments", "coefficients"), named(ACCEPTED))
+@cases("arguments coefficients", ACCEPTED)
 def test_what_looks_odd_is_accepted(arguments, coefficients, recwarn):  # P10
     optimizer = only_decays()
     decay = DecoupledWD(optimizer, quantum=0, **arguments)
@@ -337,8 +269,7 @@ def test_odd_groups_are_accepted(recwarn):  # P2
     for change in (
         frozen,
         lambda group: group["params"].clear(),
-        lambda group: group.update(max_lr=None),  # not used
-        lambda group: group.update(weight_decay=-math.inf),  # not used
+        lambda group: group.update(max_lr=None, weight_decay=-math.inf),  # not used
     ):
         optimizer = only_decays(weight_decay=INNER_WD)
         change(optimizer.param_groups[0])
@@ -350,10 +281,6 @@ def test_odd_groups_are_accepted(recwarn):  # P2
 
 
 # At a step
-
-
-def groups_are(index=1, **values):
-    return lambda model, optimizer: optimizer.param_groups[index].update(values)
 
 
 def new_group(model, optimizer):
@@ -375,30 +302,23 @@ def nan_later(progress):
     return math.nan if progress > 0.4 else WD
 
 
-FIRST = "group 0.*"
-SECOND = "group 1.*"
+NAN = r"wd\[1\].*nan_later.*progress 0\.5 .*nan"
+ENTRY = {"exclude": ["*.bias", "0.*t"]}
 AT_A_STEP = {  # arguments, steps before, what changes then, error, pattern
-    "shrink": ({"wd": 15.0}, 0, None, ValueError, f"{FIRST}1\\.5.*lr 0\\.1.*wd 15.*'lr'"),
-    "of a group": ({"wd": [WD, 20]}, 0, None, ValueError, f"{SECOND} 2,.*wd 20"),
-    "shrink of 1": ({"wd": 1.0, "scale_by": "none"}, 0, None, ValueError, f"{FIRST}wd 1,.*'none'"),
-    "schedule": ({"wd": [WD, nan_later]}, 2, None, ValueError, r"wd\[1\].*nan_later.*s 0\.5 .*nan"),
+    "shrink": ({"wd": 15.0}, 0, None, ValueError, r"group 0.*1\.5.*lr 0\.1.*wd 15.*'lr'"),
+    "of a group": ({"wd": [WD, 20]}, 0, None, ValueError, "group 1.* 2,.*wd 20"),
+    "of 1": ({"wd": 1.0, "scale_by": "none"}, 0, None, ValueError, "group 0.*wd 1,.*'none'"),
+    "lr": ({}, 2, group_has(lr=20.0), ValueError, r"group 1.* 2,.*lr 20\.0.*wd 0\.1.*'lr'"),
+    "schedule": ({"wd": [WD, nan_later]}, 2, None, ValueError, NAN),
     "schedule raises": ({"wd": raises}, 0, None, LookupError, "of the user"),
-    "progress": ({"progress": raises}, 0, None, LookupError, "of the user"),
-    "lr": ({}, 2, groups_are(lr=20.0), ValueError, f"{SECOND} 2,.*lr 20\\.0.*wd 0\\.1.*'lr'"),
-    "own wd": ({}, 0, groups_are(weight_decay=None), TypeError, f"{SECOND}weight_decay.*None"),
+    "progress raises": ({"progress": raises}, 0, None, LookupError, "of the user"),
     "values": ({"wd": [WD, WD]}, 2, new_group, ValueError, "wd has 2 values.*3 param groups"),
     "predicate": ({"exclude": raises_for_the_new}, 2, new_group, LookupError, "of the user"),
-    "entry": (
-        {"exclude": ["*.bias", "0.*t"]},
-        2,
-        new_without_old,
-        ValueError,
-        "exclude.*0.\\*t.*no p",
-    ),
+    "entry": (ENTRY, 2, new_without_old, ValueError, "exclude.*0.\\*t.*no p"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "steps", "change", "error", "pattern"), named(AT_A_STEP))
+@cases("arguments steps change error pattern", AT_A_STEP)
 def test_a_step_is_refused_before_a_weight_changes(arguments, steps, change, error, pattern):
     model, optimizer = start()  # P6, P7, P10
     decay = DecoupledWD(optimizer, **{"wd": WD, "model": model, "total_steps": 4, **arguments})
@@ -411,107 +331,98 @@ def test_a_step_is_refused_before_a_weight_changes(arguments, steps, change, err
             optimizer.step()
         assert decay.steps == steps
     decay.detach()
-    optimizer.param_groups[1].update(lr=0.1, weight_decay=INNER_WD)
-    before = params_of(optimizer)[1].detach().clone()
+    optimizer.param_groups[1]["lr"] = 0.1
+    before = weights(optimizer)[1]
     optimizer.step()
     assert torch.equal(params_of(optimizer)[1], before * (1 - 0.1 * INNER_WD))
 
 
-class Sourced:
-    """A plain loop that takes one number from the user's code."""
-
-    value = 0.3
-
-    def __init__(self, source, steps):
-        self.source = source
-        self.model, self.optimizer = start()
-        self.give(0.3)
-        arguments = {"wd": WD, "total_steps": 40, **SOURCES[source](self)}
-        self.decay = DecoupledWD(self.optimizer, model=self.model, **arguments)
-        self.make(steps)
-
-    def give(self, value):
-        if self.source in ("lr", "weight_decay", "max_lr", "initial_lr"):
-            self.optimizer.param_groups[1][self.source] = value
-        self.value = value
-
-    def make(self, steps):
-        for _ in range(steps):
-            self.optimizer.step()
-
-    def go_on(self):
-        for value in (0.3, 0.2):
-            self.give(value)
-            self.make(2)
-        return comparable(params_of(self.optimizer)), comparable(self.decay.state_dict())
-
-
-SOURCES = {  # arguments that read the number, by what the message calls it
-    "wd": lambda run: {"wd": lambda progress: run.value},
-    "wd[1]": lambda run: {"wd": [WD, lambda progress: run.value]},
-    "wd['1.*']": lambda run: {"wd": {"1.*": lambda progress: run.value, "*": WD}},
-    "scale_by": lambda run: {"scale_by": lambda group: run.value},
-    "progress": lambda run: {"wd": Linear(WD, WD), "progress": lambda: run.value},
-    "lr": lambda run: {},
-    "weight_decay": lambda run: {"wd": None},
-    "max_lr": lambda run: {"scale_by": "lr_ratio"},
-    "initial_lr": lambda run: {"scale_by": "lr_squared"},
+SOURCES = {  # arguments that read a number of the user's, by what the message calls it
+    "wd": lambda now: {"wd": lambda progress: now()},
+    "wd[1]": lambda now: {"wd": [WD, lambda progress: now()]},
+    "wd['1.*']": lambda now: {"wd": {"1.*": lambda progress: now(), "*": WD}},
+    "scale_by": lambda now: {"scale_by": lambda group: now()},
+    "progress": lambda now: {"wd": Linear(WD, WD), "progress": now},
+    "lr": lambda now: {},
+    "weight_decay": lambda now: {"wd": None},
+    "max_lr": lambda now: {"scale_by": "lr_ratio"},
+    "initial_lr": lambda now: {"scale_by": "lr_squared"},
 }
-NOT_NUMBERS = ["0.1", torch.ones(2), True, None]
-NOT_COEFFICIENTS = [math.nan, torch.tensor(math.inf), -0.1]
+IN_THE_GROUP = ("lr", "weight_decay", "max_lr", "initial_lr")
+INVALID_VALUES = {  # by what the message shows
+    "'0.1'": "0.1",
+    r"tensor\(\[1., 1.\]\)": torch.ones(2),
+    "True": True,
+    "None": None,
+    "nan": math.nan,
+    "inf": torch.tensor(math.inf),
+    "-0.0?1": -0.1,
+}
+VALID = {"max_lr": "None", "initial_lr": "None", "progress": "-0.0?1"}  # nevertheless
+
+
+def steps_with(source, values, closure):
+    """A step with each value: returns the errors, and the weights and the state at the end."""
+    model, optimizer = start()
+    value = 0.3
+    if source in IN_THE_GROUP:
+        optimizer.param_groups[1][source] = value
+    arguments = {"wd": WD, "total_steps": 40, **SOURCES[source](lambda: value)}
+    decay, errors = DecoupledWD(optimizer, model=model, **arguments), []
+    for value in values:
+        if source in IN_THE_GROUP:
+            optimizer.param_groups[1][source] = value
+        try:
+            optimizer.step(closure)
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+    return errors, (comparable(params_of(optimizer)), comparable(decay.state_dict()))
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_refused_value_is_as_if_it_never_was(source):  # P6, P10
     """With the value mended, the run goes on as one that never had it."""
-    is_max_lr = source.endswith("_lr")  # read once, and None if it is unknown
-    values = [(value, EITHER) for value in NOT_NUMBERS[: -1 if is_max_lr else None]]
-    values += [(v, ValueError) for v in NOT_COEFFICIENTS[: -1 if source == "progress" else None]]
-    for steps in (0,) if is_max_lr else (0, 2):
-        expected = Sourced(source, steps).go_on()
-        for value, error in values:
-            run = Sourced(source, steps)
-            run.give(value)
-            is_number = error is ValueError
-            shown = f"{float(value):g}|{value / 10:g}" if is_number else re.escape(repr(value))
-            name = "max_lr|peak learning rate" if is_max_lr and is_number else re.escape(source)
-            with refused(run.optimizer, error, shown) as found:
-                run.optimizer.step(*[lambda: None] if steps else [])
-            assert re.search(name.replace("_", "[ _]"), str(found.value))
-            assert run.go_on() == expected
+    after = [0.3, 0.3, 0.2, 0.2]
+    is_read_once = source in ("max_lr", "initial_lr")
+    for before, closure in [([], None), ([0.3, 0.3], lambda: None)][: 1 if is_read_once else 2]:
+        _, expected = steps_with(source, [*before, *after], closure)
+        for shown, value in INVALID_VALUES.items():
+            if shown != VALID.get(source):
+                (error,), end = steps_with(source, [*before, value, *after], closure)
+                assert end == expected
+                name = re.escape(source).replace("_", "[ _]")
+                assert re.search(f"{name}|peak learning rate", str(error))
+                assert re.search(shown, str(error))
 
 
 def test_a_warning_as_an_error_changes_nothing():  # P10
-    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-    for p in weights:
-        p.grad = torch.ones(2, 2).to_sparse()
-        DecoupledWD(optimizer := torch.optim.SGD([p], lr=0.1), WD)
-        with warnings.catch_warnings():
-            if p is weights[0]:
-                warnings.simplefilter("error")
-                with pytest.raises(UserWarning, match="sparse gradient"):
-                    optimizer.step()
-                assert torch.equal(p, torch.ones(2, 2))
-            warnings.simplefilter("ignore")
+    p = nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2).to_sparse()
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    DecoupledWD(optimizer, WD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="sparse gradient"):
             optimizer.step()
-    assert torch.equal(*weights)
+        assert torch.equal(p, torch.ones(2, 2))
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    torch.testing.assert_close(p.data, torch.full((2, 2), 1 - 0.1 * WD - 0.1))
 
 
 @pytest.mark.parametrize("loads", [True, False])
 def test_a_forgotten_load_state_dict_warns(loads):  # P6
-    optimizer = torch.optim.Adam(two_groups()[0].parameters(), lr=0.1)
-    decay = DecoupledWD(optimizer, Linear(1, 0), total_steps=8)
-    zero_gradients(optimizer)
-    for _ in range(4):
-        optimizer.step()
-    state = decay.state_dict()
-    decay.detach()
+    _, optimizer = two_groups(momentum=0.9)
+    with DecoupledWD(optimizer, Linear(1, 0), total_steps=8) as decay:
+        for _ in range(4):
+            optimizer.step()
+        state = decay.state_dict()
     decay = DecoupledWD(optimizer, Linear(1, 0), total_steps=8)
     if loads:
         decay.load_state_dict(state)
     _, messages = caught(optimizer.step)
     assert ["call load_state_dict" in message for message in messages] == [True] * (not loads)
-    assert decay.coefficients == [0.5 if loads else 1]
+    assert decay.coefficients == [0.5 if loads else 1] * 2
 
 
 def test_more_steps_than_total_steps_warn_once():  # P6
@@ -530,10 +441,6 @@ def of_fastai(*cbs, **settings):
     return learn.model, lambda: learn.fit(1), lambda: learn.opt
 
 
-def of_wrapper(*cbs):
-    return of_fastai(*cbs, opt_func=wrapped(torch.optim.SGD))
-
-
 def of_lightning(*cbs, model=None):
     model, trainer = model or StillModule(), lightning_trainer(*cbs, epochs=1)
     return model, lambda: trainer.fit(model), lambda: trainer.optimizers[0]
@@ -546,21 +453,19 @@ def of_trainer(*cbs, **settings):
 
 RUNS = {  # the adapter, and what makes a model, its training and what returns its optimizer
     "fastai": (FastaiWD, of_fastai),
-    "OptimWrapper": (FastaiWD, of_wrapper),
+    "OptimWrapper": (FastaiWD, partial(of_fastai, opt_func=wrapped(torch.optim.SGD))),
     "lightning": (LightningWD, of_lightning),
     "transformers": (TrainerWD, of_trainer),
 }
 OF_ALL = {  # arguments, steps before, pattern
-    "a wrong length": ({"wd": [0.1] * 3}, 0, "wd has 3 values, but the optimizer has"),
     "an entry": ({"exclude": "decoder.*"}, 0, rf"decoder\.\*.*{NEAREST}"),  # P7
-    "an anchor": ({"anchor": {"decoder": torch.ones(1)}}, 0, "anchor names no parameter"),  # P15
     "a shrink": ({"wd": 30.0}, 0, r"group 0.* 3,.*lr 0\.1, wd 30"),
     "a schedule": ({"wd": nan_later}, 2, r"nan_later.*progress 0\.5 is nan"),
 }
 
 
 @pytest.mark.parametrize("adapter", RUNS)
-@pytest.mark.parametrize(("arguments", "steps", "pattern"), named(OF_ALL))
+@cases("arguments steps pattern", OF_ALL)
 def test_every_adapter_refuses_before_a_weight_changes(adapter, arguments, steps, pattern):  # P10
     cls, make = RUNS[adapter]
     decay = cls(**{"wd": WD, **arguments})
@@ -582,13 +487,10 @@ ASSIGNED = [("wd", 0.7), ("exclude", "bias"), ("max_lr", 1.0), ("quantum", 0), (
 @pytest.mark.parametrize("cls", [DecoupledWD, FastaiWD, LightningWD, TrainerWD])
 def test_every_adapter_checks_shows_and_fixes_its_arguments(cls):  # P10
     model, optimizer = start()
-    make = cls
-    if cls is DecoupledWD:
-        make = partial(cls, optimizer, model=model, total_steps=4)
+    is_plain = cls is DecoupledWD
+    make = partial(cls, optimizer, model=model, total_steps=4) if is_plain else cls
     with pytest.raises(ValueError, match="wd must be finite and at least 0"):
         make(-0.1)
-    with pytest.raises(TypeError, match="must be True or False"):
-        make(0.1, verbose="no")
     decay = make(Linear(1, 0), exclude="bias")
     assert repr(decay) == "DecoupledWD(Linear(start=1, end=0), exclude=['bias'])"
     assert repr(copy.deepcopy(decay)) == repr(pickle.loads(pickle.dumps(decay))) == repr(decay)
@@ -596,85 +498,71 @@ def test_every_adapter_checks_shows_and_fixes_its_arguments(cls):  # P10
         with pytest.raises(AttributeError, match=f"{name} is fixed when DecoupledWD is built"):
             setattr(decay, name, value)
         assert getattr(decay, name) != value
-    if cls is not DecoupledWD:
+    if not is_plain:
         with pytest.raises(ValueError, match="nothing to describe before"):
             decay.describe()
-    if cls not in (DecoupledWD, LightningWD):
+    if cls in (FastaiWD, TrainerWD):
         with pytest.raises(TypeError, match="maps optimizer indices.*has one optimizer"):
             make({0: 0.1})
 
 
-class TwoOptimizers(StillModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return [sgd([p]) for p in self.parameters()]
-
-
 INDEX = "index.*whole number of at least 0"
-OF_OPTIMIZERS = {
-    **{f"optimizers={v}": ({"optimizers": v}, EITHER, INDEX) for v in (-1, "0", True, [], {0})},
-    "optimizers=[0, 0]": ({"optimizers": [0, 0]}, ValueError, r"twice.*\[0, 0\]"),
-    "optimizers=2": ({"optimizers": 2}, ValueError, "2.*2 optimizers"),
-    "another index": ({"wd": {2: 0.1}}, ValueError, r"optimizers \[2\].*\[0, 1\]"),
-    "one of two": ({"wd": {1: 0.1}}, ValueError, r"pass optimizers=\[1\]"),
-}
+OF_OPTIMIZERS = [
+    *[({"optimizers": given}, INDEX) for given in (-1, "0", True, [], {0})],
+    ({"optimizers": [0, 0]}, r"twice.*\[0, 0\]"),
+    ({"optimizers": 2}, "2.*2 optimizers"),
+    ({"wd": {2: 0.1}}, r"optimizers \[2\].*\[0, 1\]"),
+    ({"wd": {1: 0.1}}, r"pass optimizers=\[1\]"),
+]
 
 
-@pytest.mark.parametrize(("arguments", "error", "pattern"), named(OF_OPTIMIZERS))
-def test_lightning_refuses_optimizers_that_are_not_there(arguments, error, pattern):  # P10
-    model = TwoOptimizers()
+@pytest.mark.parametrize(("arguments", "pattern"), OF_OPTIMIZERS, ids=str)
+def test_lightning_refuses_optimizers_that_are_not_there(arguments, pattern):  # P10
+    model = StillModule()
+    model.automatic_optimization = False
+    model.configure_optimizers = lambda: [sgd([p]) for p in model.parameters()]
     factor = Factor(model)
-    with pytest.raises(error, match=pattern):
-        lightning_trainer(LightningWD(**{"wd": WD, **arguments}), epochs=1).fit(model)
+    with pytest.raises((TypeError, ValueError), match=pattern):
+        of_lightning(LightningWD(**{"wd": WD, **arguments}), model=model)[1]()
     assert factor() == 1
 
 
-TWICE = {
-    **{name: lambda n=name: RUNS[n][1](RUNS[n][0](0.1), RUNS[n][0](0.2)) for name in RUNS},
-    "lightning, optimizers=0": lambda: of_lightning(
-        LightningWD(0.1), LightningWD(0.1, optimizers=0)
-    ),
-}
+@pytest.mark.parametrize("adapter", RUNS)
+def test_two_decays_are_to_be_merged(adapter):  # P10
+    cls, make = RUNS[adapter]
+    for options in [{}] + [{"optimizers": 0}] * (adapter == "lightning"):
+        with pytest.raises(ValueError, match="two DecoupledWD.*merge|attached already.*merge"):
+            make(cls(0.1), cls(0.2, **options))[1]()
 
 
-@pytest.mark.parametrize("case", TWICE)
-def test_two_decays_are_to_be_merged(case):  # P10
-    with pytest.raises(ValueError, match="two DecoupledWD.*merge|attached already.*merge"):
-        TWICE[case]()[1]()
-
-
-class DecaysAlready(StillModule):
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        DecoupledWD(optimizer, WD)
-        return optimizer
-
-
-class Unhooked(StillModule):
-    def configure_optimizers(self):
-        return WithoutHooks(super().configure_optimizers())
+def decayed(optimizer):
+    DecoupledWD(optimizer, WD)
+    return optimizer
 
 
 def test_optimizers_that_cannot_take_the_decay_are_refused():  # P5, P10
-    with pytest.raises(ValueError, match="SGD has a DecoupledWD attached already"):
-        of_lightning(LightningWD(WD), model=DecaysAlready())[1]()
-    with pytest.raises(ValueError, match="WithoutHooks never runs step hooks.*'base'"):
-        of_lightning(LightningWD(WD), model=Unhooked())[1]()
+    for change, pattern in (
+        (decayed, "SGD has a DecoupledWD attached already"),
+        (WithoutHooks, "WithoutHooks never runs step hooks.*'base'"),
+    ):
+        model = StillModule()
+        optimizer = change(sgd(model.parameters()))
+        model.configure_optimizers = lambda it=optimizer: it
+        with pytest.raises(ValueError, match=pattern):
+            of_lightning(LightningWD(WD), model=model)[1]()
     model = StillNet()
-    DecoupledWD(optimizer := sgd(model.parameters()), WD)
+    optimizers = decayed(sgd(model.parameters())), None
     with pytest.raises(ValueError, match="attached already"):
-        of_trainer(TrainerWD(WD), model=model, optimizers=(optimizer, None))[1]()
+        of_trainer(TrainerWD(WD), model=model, optimizers=optimizers)[1]()
     learn = still_learner(opt_func=wrapped(torch.optim.SGD), cbs=FastaiWD(WD))
     learn.create_opt()
-    DecoupledWD(learn.opt.opt, WD)
+    decayed(learn.opt.opt)
     with pytest.raises(ValueError, match="attached already"):
         learn.fit(1)
 
 
-WRONG = [(a, b) for a in ("torch", *RUNS) for b in RUNS if "OptimWrapper" not in (a, b) and a != b]
+FRAMEWORKS = ("fastai", "lightning", "transformers")
+WRONG = [(a, b) for a in ("torch", *FRAMEWORKS) for b in FRAMEWORKS if a != b]
 
 
 @pytest.mark.parametrize(("adapter", "framework"), WRONG)
@@ -721,42 +609,21 @@ def resumed():
     return later(*deferring())
 
 
-def first_is(value):
-    """Nested lists with the very first number replaced."""
-
-    def change(values):
-        head, *tail = values
-        return [first_is(value)(head) if isinstance(head, list) else value, *tail]
-
-    return change
-
-
-def shorter(values):
-    return values[:-1]
-
-
-def longer(values):
-    return [*values, values[-1]]
-
-
-def a_row_is_shorter(values):
-    return [values[0][:-1], *values[1:]]
-
-
 AMOUNTS = [math.nan, math.inf, -1e-9, "0", None]
-LISTS = [None, 5, "ab", [None], shorter, longer]
-INVALID_STATE = {  # what is put in place of an entry; a function changes it
+LISTS = [None, 5, "ab", [None], [0.5], [0.5] * 3]
+ROWS = [*LISTS, [[0, 0]], [[0, 0]] * 3, [[0], [0, 0]]]
+INVALID_STATE = {  # two groups of two parameters: what is put in place of an entry
     "steps": [None, "3", 2.5, -1],
     "arguments": [None],
-    "owed": [*LISTS, *map(first_is, [*AMOUNTS, 40.0]), a_row_is_shorter],
-    "payments": [*LISTS, *map(first_is, [*AMOUNTS, 1.5]), a_row_is_shorter],
-    "due": [*LISTS, *map(first_is, AMOUNTS)],
-    "lr_max": [*LISTS, *map(first_is, [-1, 0.0, "1", math.inf])],
-    "no_decay": [*LISTS, *map(first_is, ["0", None, 2])],
-    "guess": [5, shorter, first_is(2)],
-    "known": [5, shorter, first_is(2)],
-    "highest_lr": [5, shorter, first_is(-1)],
-    "rules": [5, shorter, [5, 5]],
+    "owed": [*ROWS, *[[[value, 0], [0, 0]] for value in [*AMOUNTS, 40.0]]],
+    "payments": [*ROWS, *[[[value, 0], [0, 0]] for value in [*AMOUNTS, 1.5]]],
+    "due": [*LISTS, *[[value, 0] for value in AMOUNTS]],
+    "lr_max": [*LISTS, *[[value, 0.1] for value in (-1, 0.0, "1", math.inf)]],
+    "no_decay": [*LISTS, [0], *[[value, 0] for value in ("0", None, 2)]],
+    "guess": [5, [0], [2, 0]],
+    "known": [5, [1], [2, 1]],
+    "highest_lr": [5, [0.1], [-1, 0.1]],
+    "rules": [5, [[0, None]], [5, 5]],
     "progress": [None, -0.1, 1.1],
     "anchors": [5, [[]]],
 }
@@ -775,49 +642,45 @@ NOT_STATES = [{}, None, [], "steps", {0: other_state()}, only_decays().state_dic
 @pytest.mark.parametrize("key", ["the whole", *INVALID_STATE])
 def test_an_invalid_state_is_refused_and_nothing_changes(key):  # P9, P10
     model, optimizer, decay = deferring()
-    before = good = decay.state_dict()
-    states = NOT_STATES
+    good, states = decay.state_dict(), NOT_STATES
     if key in INVALID_STATE:
-        values = [v(good[key]) if callable(v) else v for v in INVALID_STATE[key]]
-        states = [{**good, key: value} for value in values]
+        states = [{**good, key: value} for value in INVALID_STATE[key]]
         states += [] if key in OPTIONAL else [{k: v for k, v in good.items() if k != key}]
     for state in states:
         pattern = f"not the state of a.*({key}|lists|lacks)|the state is of"
         with refused(optimizer, ValueError, pattern):
             decay.load_state_dict(copy.deepcopy(state))
-        assert decay.state_dict() == before
+        assert decay.state_dict() == good
     assert later(model, optimizer, decay) == resumed()
 
 
-ARGUMENTS_NOW = "and is .* in this one"
-LOADED = {  # what differs in the saved state, and the warnings
-    "nothing": ({}, []),
-    "a later version's": ({"of a later version": {"a": [math.nan, None]}}, []),
-    "no arguments": ({"arguments": {}}, []),
-    "length": ({"total_steps": 30}, [f"total_steps was 30 in the saved run {ARGUMENTS_NOW}"]),
-    "no length": ({"total_steps": None}, [f"total_steps was None .*{ARGUMENTS_NOW}"]),
-    "epoch": ({"steps_per_epoch": 3}, [f"steps_per_epoch was 3 .*{ARGUMENTS_NOW}"]),
-    "argument": ({"arguments": {"quantum": 0.5}}, [f"quantum was 0.5 .*{ARGUMENTS_NOW}"]),
+NOW = "in the saved run and is .* in this one"
+LOADED = {  # what differs in the saved state, and the warning
+    "nothing": ({}, None),
+    "a later version's": ({"of a later version": {"a": [math.nan, None]}}, None),
+    "no arguments": ({"arguments": {}}, None),
+    "length": ({"total_steps": 30}, f"total_steps was 30 {NOW}"),
+    "no length": ({"total_steps": None}, f"total_steps was None {NOW}"),
+    "epoch": ({"steps_per_epoch": 3}, f"steps_per_epoch was 3 {NOW}"),
+    "argument": ({"arguments": {"quantum": 0.5}}, f"quantum was 0.5 {NOW}"),
 }
 
 
-@pytest.mark.parametrize(("changes", "patterns"), named(LOADED))
-def test_a_state_is_loaded_with_a_warning_for_each_difference(changes, patterns):  # P9
+@cases("changes pattern", LOADED)
+def test_a_state_is_loaded_with_a_warning_for_each_difference(changes, pattern):  # P9
     model, optimizer, decay = deferring()
     state = {**decay.state_dict(), **changes}
     _, messages = caught(lambda: decay.load_state_dict(state))
-    assert len(messages) == len(patterns)
-    assert all(map(re.search, patterns, messages))
+    assert [bool(re.search(pattern, it)) for it in messages] == [True] * (pattern is not None)
+    loaded = decay.state_dict()
     assert later(model, optimizer, decay)[0] == resumed()[0]
-    if patterns:  # as an error it changes all or nothing
+    if pattern:  # as an error it changes all or nothing
         _, _optimizer, decay = deferring(5)
         before = decay.state_dict()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pytest.raises(UserWarning, match=pattern):
             warnings.simplefilter("error")
-            with pytest.raises(UserWarning, match=patterns[0]):
-                decay.load_state_dict(state)
-        now, parts = decay.state_dict(), ("steps", "lr_max", "owed", "payments", "due")
-        assert [now[key] for key in parts] in ([s[key] for key in parts] for s in (before, state))
+            decay.load_state_dict(state)
+        assert decay.state_dict() in (before, loaded)
 
 
 def test_what_is_deferred_shows_in_the_comparison():
@@ -840,7 +703,7 @@ SCHEDULES_CHANGED = {  # the schedule, that of the resumed run, the warning
 }
 
 
-@pytest.mark.parametrize(("before", "now", "pattern"), named(SCHEDULES_CHANGED))
+@cases("before now pattern", SCHEDULES_CHANGED)
 def test_a_changed_schedule_is_shown_by_its_name(before, now, pattern):  # P9
     _, optimizer = two_groups()
     with DecoupledWD(optimizer, before, total_steps=4) as decay:
@@ -888,72 +751,66 @@ LIGHTNING_STATES = {
 }
 
 
-@pytest.mark.parametrize(("change", "pattern"), named(LIGHTNING_STATES))
+@cases("change pattern", LIGHTNING_STATES)
 def test_lightning_refuses_an_invalid_state(change, pattern):  # P9, P10
-    decay, model = LightningWD(WD), StillModule()
-    lightning_trainer(decay, epochs=1).fit(model)
+    decay = LightningWD(WD)
+    model, train, _ = of_lightning(decay)
+    train()
     state, factor = change(decay.state_dict()[0]), Factor(model)
     loads = at(LightningCallback, "on_fit_start", lambda *_: decay.load_state_dict(state))
-    trainer = lightning_trainer(decay, loads, epochs=1)
-    with pytest.raises(ValueError, match=f"not the state of a DecoupledWD.*{pattern}|{pattern}"):
-        trainer.fit(model)
+    _, train, optimizer = of_lightning(decay, loads, model=model)
+    with pytest.raises(ValueError, match=pattern):
+        train()
     assert factor() == 1
-    assert hooks_of(trainer.optimizers[0]) == []
+    assert hooks_of(optimizer()) == []
 
 
 # Fuzzing
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
 
-numbers = st.integers(-2, 60) | st.floats(0, 1) | st.floats() | st.sampled_from([10**400])
+numbers = st.integers(-2, 60) | st.floats(0, 1) | st.floats() | st.just(10**400)
+text = st.text(max_size=3)
 anything = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
+    st.none() | st.booleans() | numbers | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=2),
     max_leaves=4,
 )
 
 
-def places(state, path=()):
-    """Every path in the state, except that of the whole."""
-    items = {dict: lambda: state.items(), list: lambda: enumerate(state)}.get(type(state), list)()
-    return [each for k, v in items for each in ((*path, k), *places(v, (*path, k)))]
+def places(state):
+    """Every mapping and list in the state, with each of its keys."""
+    items = {dict: dict.items, list: enumerate}.get(type(state), lambda _: ())(state)
+    return [place for key, value in items for place in ((state, key), *places(value))]
 
 
 def mutated(state, data):
     """The state with one change at one place."""
-    paths = places(state)
-    if not paths:
+    state = copy.deepcopy(state)
+    found = places(state)
+    if not found:
         return data.draw(anything)
-    *above, last = data.draw(st.sampled_from(paths))
-    holder = root = copy.deepcopy(state)
-    for key in above:
-        holder = holder[key]
+    holder, key = found[data.draw(st.integers(0, len(found) - 1))]
     do = data.draw(st.sampled_from(["replace", "delete", "duplicate"]))
     if do == "replace":
-        holder[last] = data.draw(anything)
+        holder[key] = data.draw(anything)
     elif do == "delete":
-        del holder[last]
+        del holder[key]
     elif isinstance(holder, list):
-        holder.insert(last, copy.deepcopy(holder[last]))
-    else:
-        holder[f"{last}, again"] = copy.deepcopy(holder[last])
-    return root
+        holder.insert(key, copy.deepcopy(holder[key]))
+    return state
 
 
 def check_a_step(optimizer, decay):
     """Checks that what a step applies and what it defers then are what was deferred and due."""
-    state, params = decay.state_dict(), params_of(optimizer)
-    before = [p.detach().clone() for p in params]
+    before, owed = weights(optimizer), deferred(decay) or [0.0] * 3
+    first = 0.1 * small(min(decay.steps / 40, 1))
     optimizer.step()
-    shrinks = [0.1 * small(min(state["steps"] / 40, 1))] * 2 + [0.1 * 0.07]
-    old, new = (
-        [owed for group in s["owed"] for owed in group] or [0.0] * 3
-        for s in (state, decay.state_dict())
-    )
-    for p, was, shrink, owed, left in zip(params, before, shrinks, old, new):
-        due = owed - math.log1p(-shrink)
+    shrinks = [first, first, 0.1 * 0.07]
+    for p, was, shrink, old, left in zip(
+        params_of(optimizer), before, shrinks, owed, deferred(decay)
+    ):
+        due = old - math.log1p(-shrink)
         assert 0 <= left <= due * (1 + 1e-12)
         # Far more than one quantum, which only a state can hold, is applied over several steps.
         in_parts = p.dtype == torch.bfloat16 or due > 1
@@ -967,11 +824,11 @@ def check_a_step(optimizer, decay):
 @fuzz
 def test_fuzz_states(data):  # P8, P9, P10
     """A state is loaded, and the steps after it are right, or it is refused and nothing changes."""
-    optimizer = only_decays([torch.float64, torch.float32], [torch.bfloat16])
-    decay = DecoupledWD(optimizer, [small, 0.07], total_steps=40)
+    optimizer = only_decays(*ROUNDING)
+    decay = DecoupledWD(optimizer, [small, small, 0.07], total_steps=40)
     for _ in range(4):
         optimizer.step()
-    before, weights = decay.state_dict(), comparable(params_of(optimizer))
+    before, values = decay.state_dict(), comparable(params_of(optimizer))
     state = before
     for _ in range(data.draw(st.integers(1, 3))):
         state = mutated(state, data)
@@ -981,42 +838,36 @@ def test_fuzz_states(data):  # P8, P9, P10
             decay.load_state_dict(state)
         except (TypeError, ValueError):
             assert decay.state_dict() == before
-        assert comparable(params_of(optimizer)) == weights
+        assert comparable(params_of(optimizer)) == values
         for _ in range(4):
             check_a_step(optimizer, decay)
 
 
 # Schedules
 
-HALF = (0.5, Linear(0, 1))
+HALF_THE_RUN = (0.5, Linear(0, 1))
 SCHEDULES = [
     (Linear, (-0.1, 0), ValueError, r"start.* -0\.1"),
     (Linear, (0, math.nan), ValueError, "end.* nan"),
-    (Linear, ("0", 0), TypeError, "start.* '0'"),
-    (Linear, (True, 0), TypeError, "start.* True"),
     (Linear, (Linear(0, 1), 1), TypeError, "start.*Linear"),
+    (Cosine, (-1, 0), ValueError, "start.* -1"),
     (Cosine, (0, math.inf), ValueError, "end.* inf"),
     (Exponential, (0, 1), ValueError, "start.* 0"),
     (Exponential, (1, 0), ValueError, "end.* 0"),
     (Polynomial, (0, 1, 0), ValueError, "power.* 0"),
     (Polynomial, (0, -1, 1), ValueError, "end.* -1"),
-    (Steps, ({},), ValueError, "values.*key 0"),
     (Steps, ({0.5: 1},), ValueError, r"key 0, got \[0\.5\]"),
     (Steps, ({0: 1, 1.0: 2},), ValueError, r"key.* below 1, got 1\.0"),
     (Steps, ({0: 1, -1: 1},), ValueError, "key.* -1"),
-    (Steps, ({"0": 1},), TypeError, "key.*'0'"),
     (Steps, ({0: -1},), ValueError, r"values\[0\].* -1"),
     (Steps, ([0.1],), TypeError, r"values.*\[0\.1\]"),
     (Join, (None,), TypeError, "pairs, got None"),
-    (Join, ([],), ValueError, "add up to 1, got 0"),
-    (Join, ([HALF],), ValueError, r"add up to 1, got 0\.5"),
-    (Join, ([(0, Linear(0, 1)), HALF, HALF],), ValueError, "fraction.* got 0"),
-    (Join, ([("1", len)],), TypeError, "fraction.*'1'"),
+    (Join, ([HALF_THE_RUN],), ValueError, r"add up to 1, got 0\.5"),
+    (Join, ([(0, len), HALF_THE_RUN, HALF_THE_RUN],), ValueError, "fraction.* got 0"),
     (Join, ([Linear(0, 1)],), TypeError, "pairs"),
     (Join, ([(1, 0.1)],), TypeError, "pairs"),
     (Restarts, (0.1, 2), TypeError, r"schedule.*0\.1"),
     (Restarts, (len, 0), ValueError, "cycles.* 0"),
-    (Restarts, (len, 1.5), ValueError, r"cycles.* 1\.5"),
     (Restarts, (len, 2, 0), ValueError, "mult.* 0"),
     (Restarts, (len, 2000, 2), ValueError, "2000.*mult 2"),
     (Normalized, (-1,), ValueError, "wd_norm.* -1"),
@@ -1027,11 +878,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cls", "arguments", "error", "pattern"),
-    SCHEDULES,
-    ids=[f"{cls.__name__}{arguments}" for cls, arguments, *_ in SCHEDULES],
-)
+@pytest.mark.parametrize(("cls", "arguments", "error", "pattern"), SCHEDULES)
 def test_an_invalid_schedule_is_refused(cls, arguments, error, pattern):  # P10
     with pytest.raises(error, match=f"(?s){cls.__name__}.*{pattern}"):
         cls(*arguments)
