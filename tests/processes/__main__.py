@@ -21,6 +21,7 @@ from processes.common import SCENARIOS, TIMEOUT
 
 def run(rank, folder):
     """Runs the scenarios, and saves what each returned, or how it failed."""
+    os.chdir(folder)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     warnings.filterwarnings("error", category=UserWarning, module="wd_callbacks")
     warnings.filterwarnings("ignore", message=".*no state")
@@ -31,7 +32,7 @@ def run(rank, folder):
     for name, scenario in SCENARIOS.items():
         torch.manual_seed(0)
         try:
-            ends[name] = scenario(folder)
+            ends[name] = scenario()
         except Exception:
             ends[name] = traceback.format_exc()
         # If one process failed alone, the other waits for it, and for the wrong thing from then on.
@@ -40,9 +41,9 @@ def run(rank, folder):
             dist.all_gather_object(failures, isinstance(ends[name], str), group=asides)
         except RuntimeError:
             break
-        if len(set(failures)) > 1:
+        if failures[0] != failures[1]:
             break
-    torch.save(ends, folder / f"rank{rank}.pt")
+    torch.save(ends, f"rank{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What the scenarios share: models, and data that differ from process to process."""
+"""What the scenarios share: a model, and data that differ from process to process."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Adam, AdamW
 
-LR, WD, INNER_WD = 0.01, 0.1, 0.37
+try:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+except ImportError:  # before torch 2.6, where they run on GPUs alone
+    from torch.distributed._composable.fsdp import fully_shard
+    from torch.distributed._tensor import DTensor
+
+__all__ = ["DTensor", "fully_shard"]
 TIMEOUT = timedelta(seconds=60)  # of a collective, if one process stops
 
 SCENARIOS = {}
-"""From a name to a function of the folder, which returns what the tests compare."""
+"""From a name to a function that returns what the tests compare."""
 
 
 def scenario(function):
-    """Registers a scenario that takes no folder, by its name."""
-    SCENARIOS[function.__name__] = lambda folder: function()
+    SCENARIOS[function.__name__] = function
     return function
 
 
@@ -49,16 +54,7 @@ def batch_of(index, of=None):
     return torch.randn(4, 6, generator=generator), torch.randn(4, 1, generator=generator)
 
 
-def values(parameters):
-    """Copies, whole where they are sharded."""
-    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
-    return [p.detach().clone() for p in whole]
-
-
-def three_runs(train):
-    """With the decay, with AdamW, and with neither: ``train`` takes the class, its wd and which."""
-    return {
-        "ours": train(Adam, INNER_WD, True),
-        "adamw": train(AdamW, WD, False),
-        "undecayed": train(AdamW, 0.0, False),
-    }
+def whole(model):
+    """Copies of the weights, whole where they are sharded by FSDP2."""
+    params = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return [p.detach().clone() for p in params]

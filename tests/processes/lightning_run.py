@@ -9,13 +9,12 @@ from functools import partial
 import lightning.pytorch
 import pytorch_lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning_helpers import fit, model_class, notes_logger, one_cycle
-from processes.common import INNER_WD, LR, SCENARIOS, WD, batch_of, scenario, three_runs, values
-from processes.fsdp2 import fully_shard
+from lightning_helpers import WD, adam, adamw, fit, model_class, notes_logger
+from processes.common import SCENARIOS, batch_of, fully_shard, scenario, whole
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.functional import mse_loss
-from torch.optim import Adam, AdamW
 
 from wd_callbacks.lightning import DecoupledWD
 from wd_callbacks.schedules import Cosine
@@ -32,7 +31,7 @@ def per_process(package):
             return mse_loss(self(x), y)
 
         def on_train_end(self):
-            self.ends = values(self.parameters())
+            self.ends = whole(self)
 
     return Model
 
@@ -48,37 +47,6 @@ class Sharded(Model):
             fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
-def trained(
-    cls, make, *callbacks, model=None, strategy=lambda: "ddp", package=lightning.pytorch, **settings
-):
-    """The model after training."""
-    settings = {"devices": 2, "strategy": strategy(), "epochs": EPOCHS, **settings}
-    module = cls(make, **model or {})
-    return fit(package, make, *callbacks, model=module, batches=2 * BATCHES, **settings)
-
-
-def optimizer_of(cls, wd):
-    return lambda module: cls(module.parameters(), lr=LR, weight_decay=wd)
-
-
-def start_processes(folder):
-    """A Trainer that starts its processes itself; saves the weights that come back to this one."""
-    decay = DecoupledWD(WD, quantum=0)
-    model = trained(Model, optimizer_of(Adam, INNER_WD), decay, strategy=lambda: "ddp_fork")
-    ends = {"ours": values(model.parameters()), "attached": decay.coefficients}
-    torch.save(ends, folder / "ddp_fork.pt")
-
-
-def against_adamw(cls=Model, wrap=lambda make: make, **settings):
-    """The three runs in a Trainer with ``settings``; ``wrap`` adds a scheduler."""
-
-    def train(optimizer, wd, decays):
-        callbacks = [DecoupledWD(WD, quantum=0)] if decays else []
-        return trained(cls, wrap(optimizer_of(optimizer, wd)), *callbacks, **settings).ends
-
-    return three_runs(train)
-
-
 class FSDP1(FSDPStrategy):
     """The Trainer refuses FSDPStrategy itself on the CPU, and that would ask for a GPU."""
 
@@ -86,21 +54,42 @@ class FSDP1(FSDPStrategy):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
+undecayed = partial(adamw, weight_decay=0.0)
+
+
+def trained(
+    make, *callbacks, cls=Model, strategy="ddp", manual=False, package=lightning.pytorch, **settings
+):
+    """The model after training; a ``strategy`` may be a function that makes one."""
+    strategy = strategy() if callable(strategy) else strategy
+    settings |= {"devices": 2, "strategy": strategy, "batches": 2 * BATCHES, "epochs": EPOCHS}
+    return fit(package, make, *callbacks, model=cls(make, manual=manual), **settings)
+
+
+def start_processes(folder):
+    """A Trainer that starts its processes itself; saves the weights that come back to this one."""
+    model = trained(adam, DecoupledWD(WD, quantum=0), strategy="ddp_fork")
+    torch.save({"ours": whole(model)}, folder / "ddp_fork.pt")
+
+
+def against_adamw(**settings):
+    return {
+        "ours": trained(adam, DecoupledWD(WD, quantum=0), **settings).ends,
+        "expected": trained(adamw, **settings).ends,
+        "undecayed": trained(undecayed, **settings).ends,
+    }
+
+
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
-AGAINST_ADAMW = {
-    "ddp": {},
-    "ddp_manual": {"model": {"manual": True}},
-    "ddp_in_the_other_package": {"cls": Older, "package": pytorch_lightning},
-    "ddp_accumulation_and_one_cycle": {
-        "wrap": lambda make: partial(one_cycle, make, steps=EPOCHS * BATCHES // 4),
-        "accumulate_grad_batches": 4,
-        "gradient_clip_val": 0.1,
-    },
-    "lightning_fsdp2": {"cls": Sharded, "strategy": sharding},
-    "lightning_fsdp1": {"strategy": FSDP1},
+OLDER = {"cls": Older, "package": pytorch_lightning}
+FSDP2 = {"cls": Sharded, "strategy": sharding}
+SCENARIOS |= {
+    "ddp": against_adamw,
+    "ddp_fork": lambda: torch.load("ddp_fork.pt"),
+    "ddp_manual": partial(against_adamw, **OLDER, manual=True),
+    "lightning_fsdp2": partial(against_adamw, **FSDP2),
+    "lightning_fsdp1": partial(against_adamw, strategy=FSDP1),
 }
-for name, settings in AGAINST_ADAMW.items():
-    SCENARIOS[name] = lambda folder, settings=settings: against_adamw(**settings)
 
 
 class Sets(lightning.pytorch.Callback):
@@ -117,45 +106,41 @@ class Sets(lightning.pytorch.Callback):
 
 @scenario
 def ddp_schedule():
-    """With accumulation, logs and the description."""
+    """With accumulation and clipping, logs and the description."""
     schedule, every = Cosine(0.4, 0.0), 2
     logger, printed, by_hand = notes_logger(lightning.pytorch), io.StringIO(), Sets(schedule, every)
-    settings = {"accumulate_grad_batches": every, "log_every_n_steps": 1}
+    settings = {"accumulate_grad_batches": every, "gradient_clip_val": 0.1, "log_every_n_steps": 1}
     with contextlib.redirect_stdout(printed):
         decay = DecoupledWD(schedule, quantum=0, verbose=True)
-        ours = trained(Model, optimizer_of(Adam, INNER_WD), decay, logger=logger, **settings).ends
+        ours = trained(adam, decay, logger=logger, **settings).ends
     return {
         "ours": ours,
-        "adamw": trained(Model, optimizer_of(AdamW, 0.0), by_hand, **settings).ends,
-        "undecayed": trained(Model, optimizer_of(AdamW, 0.0), **settings).ends,
+        "expected": trained(undecayed, by_hand, **settings).ends,
+        "undecayed": trained(undecayed, **settings).ends,
         "notes": [it for it in logger.notes if "wd-Adam" in it[0]],
         "used": by_hand.used,
         "printed": printed.getvalue(),
     }
 
 
-def resumed(folder, cls, **settings):
+def resumed(folder, **settings):
     """A run with deferred decay when it is saved, and one that forgets that."""
-    folder = folder / cls.__name__
-    train = partial(trained, cls, optimizer_of(Adam, INNER_WD), **settings)
 
     def decay(optimizers=None):  # against shrinks of about 1e-3
         return DecoupledWD(Cosine(0.1, 0.08), quantum=2.5e-3, optimizers=optimizers)
 
-    save = lightning.pytorch.callbacks.ModelCheckpoint(
-        folder, filename="{step}", every_n_train_steps=5, save_top_k=-1
-    )
-    whole, again = decay(), decay()
-    ends = train(whole, save, enable_checkpointing=True).ends
-    resume = folder / "step=5.ckpt"
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    first, second = decay(), decay()
+    ends = trained(adam, first, save, enable_checkpointing=True, **settings).ends
+    settings["resume"] = f"{folder}/step=5.ckpt"
     return {
         "whole": ends,
-        "resumed": train(again, resume=resume).ends,
-        "states": [whole.state_dict(), again.state_dict()],
+        "resumed": trained(adam, second, **settings).ends,
+        "states": [first.state_dict(), second.state_dict()],
         # By its other name it has no state there.
-        "forgetful": train(decay(0), resume=resume).ends,
+        "forgetful": trained(adam, decay(0), **settings).ends,
     }
 
 
-SCENARIOS["ddp_resumed"] = lambda folder: resumed(folder, Model)
-SCENARIOS["lightning_fsdp2_resumed"] = lambda folder: resumed(folder, Sharded, strategy=sharding)
+SCENARIOS["ddp_resumed"] = partial(resumed, "ddp checkpoints")
+SCENARIOS["lightning_fsdp2_resumed"] = partial(resumed, "fsdp2 checkpoints", **FSDP2)
