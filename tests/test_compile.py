@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
 
@@ -43,16 +44,25 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled_step(model, optimizer, how, backend):
-    """A function of the index of the step; ``how`` names what of it is compiled."""
+def compiled_step(model, optimizer, how, backend, seen):
+    """A function of the index of the step; ``how`` names what of it is compiled.
+
+    A closure notes in ``seen`` the weight decay that it finds.
+    """
 
     def forward(x):
         optimizer.zero_grad()
-        model(x).square().mean().backward()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
 
     def whole_step(x):
         forward(x)
         optimizer.step()
+
+    def closure(x):
+        seen.append(optimizer.param_groups[0]["weight_decay"])
+        return forward(x)
 
     if how == "whole step":
         train = torch.compile(whole_step, backend=backend)
@@ -60,6 +70,8 @@ def compiled_step(model, optimizer, how, backend):
     step = optimizer.step if how != "function" else lambda: optimizer.step()
     if how != "not":
         step = torch.compile(step, backend=backend)
+    if how == "closure":
+        return lambda index: step(lambda: closure(batch(index)))
     return lambda index: (forward(batch(index)), step())
 
 
@@ -69,12 +81,11 @@ def compiled_run(how, cls=Adam, wd=INNER_WD, attach=None, late=False, by_hand=No
     ``attach`` attaches the decay, ``late`` after compiling. ``by_hand`` is the coefficient of the
     hand-written decay as a function of the progress.
     """
-    model = network()
+    model, backend, seen = network(), backend or CompileCounter(), []
     optimizer = cls(model.parameters(), lr=LR, weight_decay=wd)
-    backend = backend or CompileCounter()
     if attach and not late:
         attach(optimizer)
-    step = compiled_step(model, optimizer, how, backend)
+    step = compiled_step(model, optimizer, how, backend, seen)
     if attach and late:
         attach(optimizer)
     progress = 0.0
@@ -92,6 +103,7 @@ def compiled_run(how, cls=Adam, wd=INNER_WD, attach=None, late=False, by_hand=No
         path.append(flat(model))
         frames.append(backend.frame_count)
     assert optimizer.param_groups[0]["weight_decay"] == wd  # P3
+    assert seen == [wd] * STEPS * (how == "closure")
     return torch.stack(path), frames
 
 
@@ -115,10 +127,10 @@ def test_a_compiled_model():  # P4, P5
     assert not torch.equal(ours, run(Adam, INNER_WD, "bias"))  # P12: without the prefix
 
 
-@pytest.mark.parametrize(
-    ("how", "late"),
-    [("optimizer.step", True), ("function", False), ("function", True), ("whole step", False)],
-)
+HOW = [("optimizer.step", True), ("function", False), ("function", True), ("whole step", False)]
+
+
+@pytest.mark.parametrize(("how", "late"), HOW)
 def test_a_compiled_step_is_compiled_adamw_s(how, late):  # P4, P5
     expected, graphs = compiled_run(how, AdamW, WD)
     with warnings.catch_warnings():
@@ -129,16 +141,17 @@ def test_a_compiled_step_is_compiled_adamw_s(how, late):  # P4, P5
     assert frames == graphs
 
 
-@pytest.mark.parametrize(
-    ("how", "quantum", "backend"),
-    [
-        ("optimizer.step", 0, CompileCounter),
-        ("whole step", None, CompileCounter),
-        ("function", 0, lambda: CompileCounterWithBackend("aot_eager")),
-    ],
-    ids=["optimizer.step", "whole step", "function"],
-)
-def test_a_changing_coefficient_compiles_nothing_anew(how, quantum, backend):  # P4, P6, P11
+AOT = functools.partial(CompileCounterWithBackend, "aot_eager")
+CHANGING = {
+    "optimizer.step": (0, CompileCounter),
+    "whole step": (None, CompileCounter),
+    "function": (0, AOT),
+}
+
+
+@pytest.mark.parametrize("how", CHANGING)
+def test_a_changing_coefficient_compiles_nothing_anew(how):  # P4, P6, P11
+    quantum, backend = CHANGING[how]
     expected, graphs = compiled_run(how, wd=0.0, by_hand=decreasing, backend=backend())
     ours, frames = compiled_run(how, attach=attach(quantum=quantum), backend=backend())
     assert torch.equal(ours, expected)
@@ -148,16 +161,12 @@ def test_a_changing_coefficient_compiles_nothing_anew(how, quantum, backend):  #
     assert frames[0] == frames[-1]
 
 
-@pytest.mark.parametrize(
-    ("how", "wd"),
-    [("optimizer.step", decreasing), ("function", WD), ("whole step", decreasing)],
-    ids=["optimizer.step", "function", "whole step"],
-)
-def test_deferred_decay_compiles_nothing_anew(how, wd):  # P8, P11
+@pytest.mark.parametrize("how", ["optimizer.step", "function", "whole step"])
+def test_deferred_decay_compiles_nothing_anew(how):  # P8, P11
     decays, optimizers = [], []
 
     def attach(optimizer):
-        decays.append(DecoupledWD(optimizer, wd, quantum=0.06, total_steps=STEPS))
+        decays.append(DecoupledWD(optimizer, decreasing, quantum=0.06, total_steps=STEPS))
         optimizers.append(optimizer)  # which a decay does not keep alive
 
     ours, frames = compiled_run(how, SGD, attach=attach)
@@ -170,40 +179,13 @@ def test_deferred_decay_compiles_nothing_anew(how, wd):  # P8, P11
 
 @pytest.mark.parametrize("quantum", [0, 0.06], ids=["applied", "deferred"])
 def test_a_compiled_step_with_a_closure(quantum):  # P1, P3, P11
-    def run(own, decays=False, compiled=True):
-        model = network()
-        optimizer = Adam(model.parameters(), lr=LR, weight_decay=own)
-        if decays:
-            attach(quantum=quantum)(optimizer)
-        counter = CompileCounter()
-        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
-        path, frames, seen = [], [], []
-        decay = torch.compiler.disable(decay_by_hand)
-        for index in range(STEPS):
-
-            def closure(index=index):
-                seen.append(optimizer.param_groups[0]["weight_decay"])
-                optimizer.zero_grad()
-                loss = model(batch(index)).square().mean()
-                loss.backward()
-                if not decays:
-                    decay(optimizer.param_groups, decreasing(index / STEPS))
-                return loss
-
-            step(closure)
-            path.append(flat(model))
-            frames.append(counter.frame_count)
-        assert seen == [own] * STEPS
-        assert optimizer.param_groups[0]["weight_decay"] == own
-        return torch.stack(path), frames
-
-    ours, frames = run(INNER_WD, decays=True)
-    if quantum == 0:
-        assert torch.equal(ours, run(0.0)[0])
-    else:
-        expected, _ = run(INNER_WD, decays=True, compiled=False)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    ours, frames = compiled_run("closure", attach=attach(quantum=quantum))
+    expected, _ = compiled_run("not", attach=attach(quantum=quantum))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert frames[3] == frames[-1]  # torch 2.4 compiles some frames anew up to there
+    if quantum == 0:
+        by_hand, _ = compiled_run("optimizer.step", wd=0.0, by_hand=decreasing)
+        assert torch.equal(ours, by_hand)
 
 
 def test_a_compiled_step_that_calls_super_decays_once():  # P1
@@ -216,21 +198,12 @@ def test_a_compiled_step_that_calls_super_decays_once():  # P1
     assert graphs[1] == graphs[-1]
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param(
-            "cpu",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-            ],
-        ),
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-        ),
-    ],
-)
+SLOW = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = [pytest.param("cpu", marks=SLOW), pytest.param("cuda", marks=ON_GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_step_compiled_to_machine_code_is_near_adamw_s(device):  # P4, P5
     def run(cls, wd, decays):
         model = network(device)
