@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm.optim
 import torch
+from fastai_helpers import learner, wrapped
 from helpers import CASES, WithoutHooks, caught, flat, parameter, params_of
 from schedulefree import AdamWScheduleFree, ScheduleFreeWrapper, SGDScheduleFree
 from torch import nn
@@ -22,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from wd_callbacks.core.compat import check_compatible
 from wd_callbacks.core.toys import MAX_STEPS
+from wd_callbacks.fastai import DecoupledWD as FastaiWD
 from wd_callbacks.torch import DecoupledWD
 
 OUTSIDE = {}  # what a step may reach besides its optimizer
@@ -205,10 +207,7 @@ LOST = {  # from the parameters to an optimizer, and what the error advises
     "empty group": (lambda ps: SGDScheduleFree([{"params": []}, {"params": ps}], lr=0.1), ITSELF),
     "Lookahead, a fifth": (lambda ps: Lookahead(ps, alpha=0.2), ITSELF),
     "Lookahead, vectors": (LookaheadOfVectors, ITSELF),
-    "no wd": (
-        lambda ps: without_weight_decay(Lookahead(ps, alpha=0.2)),
-        "Instead, use another optimizer",
-    ),
+    "no wd": (lambda ps: without_weight_decay(Lookahead(ps, alpha=0.2)), "use another optimizer"),
     "bf16": (lambda ps: Copies(weights(torch.bfloat16)), COPIES),
     "fp16": (lambda ps: Copies(weights(torch.float16)), COPIES),
     "among others": (lambda ps: Copies(among_others(None, torch.bfloat16, None)), COPIES),
@@ -304,11 +303,7 @@ REFUSED = {  # from parameters to what is no optimizer, or none with hooks, and 
     "no base": (NeverHooked, ValueError, rf"{NO_HOOKS}.*: call super\(\).__init__ in its"),
     "in Lightning's": (in_lightning_s, ValueError, "WithoutHooks.*'base'"),
     "overlap": (overlapping, ValueError, "inside backward.*: pass overlap_with_ddp=False"),
-    "schedule-free": (
-        lambda ps: ScheduleFreeWrapper(sgd(ps)),
-        TypeError,
-        f"FreeWrapper: {ATTACH}$",
-    ),
+    "schedule-free": (lambda ps: ScheduleFreeWrapper(sgd(ps)), TypeError, f"Wrapper: {ATTACH}$"),
     "of a holder": (lambda ps: Holder(Holder(sgd(ps))), TypeError, "its 'optimizer.optimizer'$"),
     "slots": (lambda ps: Slotted(sgd(ps)), TypeError, "attach to its 'optimizer'$"),
     "DeepSpeed": (lambda ps: DeepSpeedOptimizer(sgd(ps)), TypeError, "may update .* fully_shard"),
@@ -646,8 +641,7 @@ SCALES = [
 
 @pytest.mark.parametrize(("cls", "scale_by", "warns"), SCALES)
 def test_decoupled_wd_warns_once_if_any_group_follows_the_lr(cls, scale_by, warns):  # P5
-    matrices = [weights()[0], weights()[0]]
-    optimizer = cls([{"params": [p]} for p in matrices])
+    optimizer = cls([{"params": weights()[:1]} for _ in range(2)])
     _, found = caught(lambda: DecoupledWD(optimizer, 0.5, scale_by=scale_by))
     assert len(found) == warns
     assert all("at any learning rate" in warning for warning in found)
@@ -673,9 +667,5 @@ def test_it_decays_in_a_wrapper_that_keeps_it(case):  # P1, P5
 
 @pytest.mark.parametrize(("cls", "warns"), [(Relative, True), (torch.optim.Adam, False)])
 def test_fastai_warns_of_a_wrapped_optimizer_too(cls, warns):  # P5
-    from fastai_helpers import learner, wrapped
-
-    from wd_callbacks.fastai import DecoupledWD
-
-    _, found = caught(lambda: learner(wrapped(cls)).fit(1, cbs=DecoupledWD(0.1)))
+    _, found = caught(lambda: learner(wrapped(cls)).fit(1, cbs=FastaiWD(0.1)))
     assert sum("makes the same update" in warning for warning in found) == warns
