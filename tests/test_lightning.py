@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
 from functools import partial
 
 import pytest
@@ -29,27 +28,18 @@ from torch.optim import Adam, AdamW
 
 from wd_callbacks.lightning import DecoupledWD
 
+# Several optimizers
 
-def optimizer_of(model):
-    """The torch optimizer of a model that was trained."""
-    return model.trainer.optimizers[0]
+EACH = {  # arguments of each callback, and the coefficient of each optimizer
+    "one for both": ([{"wd": WD}], WD, WD),
+    "a mapping": ([{"wd": {0: 0.1, 1: 0.3}}], 0.1, 0.3),
+    "None in it": ([{"wd": {0: 0.1, 1: None}}], 0.1, INNER_WD),
+    "two": ([{"wd": {1: 0.2}, "optimizers": 1}, {"wd": [0.4], "optimizers": 0}], 0.4, 0.2),
+    "reversed": ([{"wd": {1: 0.2, 0: 0.1}, "optimizers": (1, 0)}], 0.1, 0.2),
+}
 
 
-# Several optimizers, and groups that come later
-
-
-@pytest.mark.parametrize(
-    ("callbacks", "first", "second"),
-    [
-        ([{"wd": WD}], WD, WD),
-        ([{"wd": {0: 0.1, 1: 0.3}}], 0.1, 0.3),
-        ([{"wd": {0: 0.1, 1: None}}], 0.1, INNER_WD),
-        ([{"wd": 0.2, "optimizers": 0}, {"wd": 0.1, "optimizers": [1]}], 0.2, 0.1),
-        ([{"wd": {1: 0.2}, "optimizers": 1}, {"wd": [0.4], "optimizers": 0}], 0.4, 0.2),
-        ([{"wd": {1: 0.2, 0: 0.1}, "optimizers": (1, 0)}], 0.1, 0.2),
-    ],
-    ids=["one for both", "a mapping", "None in it", "two callbacks", "of each", "reversed"],
-)
+@pytest.mark.parametrize(("callbacks", "first", "second"), EACH.values(), ids=EACH)
 def test_each_optimizer_has_its_own_decay(package, callbacks, first, second):  # P1, P4, P5
     decays = [DecoupledWD(**arguments, quantum=0) for arguments in callbacks]
     ours = fit(package, two_adams, *decays, model={"manual": True})
@@ -68,26 +58,18 @@ def test_the_other_optimizer_is_left_alone(package):  # P3, P5
     assert same(ours, fit(package, one_of_each, model={"manual": True}))
 
 
-@pytest.mark.parametrize(
-    ("callbacks", "message"),
-    [
-        ([{"optimizers": 2}], r"\(2,\).* 2 optimizers"),
-        ([{"optimizers": (0, 5)}], r"\(0, 5\).* 2 optimizers"),
-        ([{"wd": {0: 0.1}}], r"\[0\].*\[0, 1\]"),
-        ([{"wd": {0: 0.1, 2: 0.1}}], r"\[0, 2\].*\[0, 1\]"),
-        ([{"wd": {0: 0.1, 1: 0.1}, "optimizers": 1}], r"\[0, 1\].*\[1\]"),
-        ([{"wd": 0.1}, {"wd": 0.1, "optimizers": 1}], "DecoupledWD"),
-        ([{"wd": 0.1, "optimizers": 1}, {"wd": 0.1}], "DecoupledWD"),
-        ([{"wd": {0: 0.1, 1: [0.1, 0.2]}}], "wd has 2 values.* 1 param"),
-        ([{"wd": 0.1, "max_lr": [1, 2]}], "max_lr has 2 values"),
-    ],
-    ids=str,
-)
-def test_refuses_what_does_not_fit_the_optimizers(package, callbacks, message):  # P3, P10
+REFUSED = [  # beside those of test_validation.py
+    ({"wd": {0: 0.1, 2: 0.1}}, r"\[0, 2\].*\[0, 1\]"),
+    ({"wd": {0: 0.1, 1: [0.1, 0.2]}}, "wd has 2 values.* 1 param"),
+    ({"wd": 0.1, "max_lr": [1, 2]}, "max_lr has 2 values"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=str)
+def test_refuses_what_does_not_fit_the_optimizers(package, arguments, message):  # P3, P10
     module = model_class(package)(two_adams, manual=True)
     before = weights(module)
-    decays = [DecoupledWD(**{"wd": 0.1} | arguments) for arguments in callbacks]
-    trainer = quiet_trainer(package, *decays, max_epochs=1)
+    trainer = quiet_trainer(package, DecoupledWD(**arguments), max_epochs=1)
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, loader(2))
     assert all(map(torch.equal, before, weights(module)))
@@ -143,37 +125,35 @@ def test_decays_a_backbone_that_is_unfrozen(package, tmp_path):  # P5, P9
 def spy_class(package):
     """A callback that notes in each of its hooks what the param groups and their copies hold."""
 
-    def note(self, hook, trainer):
-        optimizers = trainer.optimizers
-        copies = [it.state_dict() for it in copy.deepcopy(optimizers)] if self.copies else []
-        groups = [it.param_groups for it in optimizers] + [it["param_groups"] for it in copies]
-        seen = [{k: v for k, v in g.items() if k != "params"} for each in groups for g in each]
-        self.notes.append((hook, copy.deepcopy(seen)))
+    class Spy(package.Callback):
+        def __init__(self):
+            self.notes = []
+
+        def note(self, hook, trainer):
+            copies = [it.state_dict() for it in copy.deepcopy(trainer.optimizers)]
+            groups = [it.param_groups for it in trainer.optimizers]
+            groups += [it["param_groups"] for it in copies]
+            seen = [{k: v for k, v in g.items() if k != "params"} for each in groups for g in each]
+            self.notes.append((hook, seen))
 
     def watching(hook):
-        return lambda self, trainer, pl_module, *args, **kwargs: note(self, hook, trainer)
+        return lambda self, trainer, *args, **kwargs: self.note(hook, trainer)
 
-    def init(self, copies):
-        self.copies, self.notes = copies, []
-
-    hooks = [name for name in dir(package.Callback) if name.startswith("on_")]
-    body = {hook: watching(hook) for hook in hooks}
-    body["see"] = lambda self, hook, module: note(self, hook, module.trainer)
-    return type("Spy", (package.Callback,), {"__init__": init, **body})
+    for hook in dir(package.Callback):
+        if hook.startswith("on_"):
+            setattr(Spy, hook, watching(hook))
+    return Spy
 
 
-SEEN = {
-    # settings of the Trainer and the model, whether copies are looked at
-    "automatic": ({}, {}, True),
-    "manual": ({}, {"manual": True}, True),
-    "manual, by closure": ({}, {"manual": True, "by": "closure"}, False),
-    "accumulation, clipped": (
+SEEN = {  # settings of the Trainer and of the model
+    "automatic": ({}, {}),
+    "manual": ({}, {"manual": True}),
+    "manual, by closure": ({}, {"manual": True, "by": "closure"}),
+    "accumulation": (
         {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05},
         {"skipped": (0, 3)},
-        False,
     ),
-    "one cycle": ({}, {}, False),
-    "fp16": ({}, {}, True),
+    "fp16": ({"plugins": half_precision}, {}),
 }
 SEEN_AT = {
     *("training_step", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
@@ -182,26 +162,24 @@ SEEN_AT = {
 }
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_everybody_sees_the_groups_as_the_user_set_them(package, tmp_path, name):  # P3
-    settings, arguments, copies = SEEN[name]
+@pytest.mark.parametrize(("settings", "arguments"), SEEN.values(), ids=SEEN)
+def test_everybody_sees_the_groups_as_the_user_set_them(package, tmp_path, settings, arguments):
+    # P3
+    settings = {k: v(package) if callable(v) else v for k, v in settings.items()}
 
     def run(*decay):
         """With a spy on each side of the decay and one in the model's own hooks."""
-        spies = [spy_class(package)(copies) for _ in range(3)]
-        make = partial(one_cycle, adam) if name == "one cycle" else adam
-        module = model_class(package)(make, **arguments, watch=spies[2].see)
-        plugins = {"plugins": half_precision(package)} if name == "fp16" else {}
-        trainer = quiet_trainer(
-            *(package, spies[0], *decay, spies[1]),
-            max_epochs=2,
-            enable_checkpointing=True,
-            default_root_dir=tmp_path,
-            **settings,
-            **plugins,
-        )
+        first, last, own = (spy_class(package)() for _ in range(3))
+
+        def watch(hook, module):
+            own.note(hook, module.trainer)
+
+        module = model_class(package)(partial(one_cycle, adam), **arguments, watch=watch)
+        options = {"enable_checkpointing": True, "default_root_dir": tmp_path, **settings}
+        trainer = quiet_trainer(package, first, *decay, last, max_epochs=2, **options)
         trainer.fit(module, loader(6), loader(2))
-        return [spy.notes for spy in spies]
+        assert hooks_of(trainer.optimizers[0]) == []
+        return first.notes, last.notes, own.notes
 
     ours, plain = run(DecoupledWD(lambda progress: 0.1 * progress)), run()
     assert ours == plain
@@ -237,17 +215,9 @@ def saver_on_exception(package, path):
 
 @each_way
 @pytest.mark.parametrize(
-    ("where", "saves_first"),
-    [
-        ("training_step", True),
-        ("optimizer.step", False),
-        ("optimizer.step", True),
-        ("on_train_batch_start", False),
-        ("on_before_optimizer_step", True),
-    ],
+    "where", ["training_step", "optimizer.step", "on_train_batch_start", "on_before_optimizer_step"]
 )
-def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual, saves_first):
-    # P3, P9
+def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual):  # P3, P9
     made = []
 
     def make(module):
@@ -255,61 +225,32 @@ def test_an_exception_leaves_what_the_user_set(package, tmp_path, where, manual,
         made.append(kind(module.parameters(), lr=LR, weight_decay=INNER_WD))
         return made[0]
 
-    class Saves(package.Callback):
-        """As ModelCheckpoint, which Lightning puts after all others."""
-
+    class Disturbs(package.Callback):
         def on_exception(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / "first.ckpt")
+            trainer.save_checkpoint(tmp_path / "before_ours.ckpt")
 
     def bang(self, trainer, *_):
         if trainer.global_step == 3:
             raise BangError
 
-    decay = DecoupledWD(1e-4, quantum=0.5)  # large: all is deferred
-    callbacks = [Saves(), decay] if saves_first else [decay, saver_on_exception(package, tmp_path)]
     if where.startswith("on_"):
-        callbacks.insert(1, type("Raises", (package.Callback,), {where: bang})())
+        setattr(Disturbs, where, bang)
+    decay = DecoupledWD(1e-4, quantum=0.5)  # large: all is deferred
+    callbacks = [Disturbs(), decay, saver_on_exception(package, tmp_path)]
     model = {"manual": manual, "raises": (3, BangError()) if where == "training_step" else None}
     with pytest.raises(BangError):
         fit(package, make, *callbacks, model=model, enable_checkpointing=True)
     assert made[0].param_groups[0]["weight_decay"] == INNER_WD
     assert hooks_of(made[0]) == []
-    (path,) = tmp_path.iterdir()
-    checkpoint = torch.load(path, weights_only=True)
-    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
-    assert group["weight_decay"] == INNER_WD
-    (owed,) = checkpoint["callbacks"][decay.state_key][0]["owed"]
-    steps = 3 + (where == "optimizer.step")  # a step that raises has decayed already
-    assert owed == pytest.approx([steps * LR * 1e-4] * 4, rel=1e-6)
-
-
-def test_an_interrupt_leaves_what_the_user_set(package):  # P3
-    handler = signal.getsignal(signal.SIGINT)
-    made = []
-
-    def make(module):
-        made.append(adam(module))
-        return made[0]
-
-    try:
-        with pytest.raises(SystemExit):
-            fit(package, make, DecoupledWD(WD), model={"raises": (3, KeyboardInterrupt())})
-    finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
-    assert made[0].param_groups[0]["weight_decay"] == INNER_WD
-    assert hooks_of(made[0]) == []
-
-
-@each_way
-def test_no_hooks_stay_on_the_optimizer(package, manual):  # P3
-    seen = []
-
-    def watch(hook, module):
-        seen.append(len(hooks_of(optimizer_of(module))))
-
-    model = fit(package, adam, DecoupledWD(WD), model={"manual": manual, "watch": watch})
-    assert min(seen) > 0
-    assert hooks_of(optimizer_of(model)) == []
+    saved = list(tmp_path.iterdir())
+    assert len(saved) == 2
+    for path in saved:
+        checkpoint = torch.load(path, weights_only=True)
+        (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+        assert group["weight_decay"] == INNER_WD
+        (owed,) = checkpoint["callbacks"][decay.state_key][0]["owed"]
+        steps = 3 + (where == "optimizer.step")  # a step that raises has decayed already
+        assert owed == pytest.approx([steps * LR * 1e-4] * 4, rel=1e-6)
 
 
 # Runs besides the first
@@ -328,16 +269,13 @@ def test_does_nothing_outside_fit(package):  # P1, P3
     assert decay.coefficients == {}
 
 
-@pytest.mark.parametrize(
-    ("kept", "between"),
-    [
-        (False, "validate"),
-        (True, "validate"),
-        (False, "exception"),
-        (True, "exception"),
-        (True, "deepcopy"),
-    ],
-)
+BETWEEN = [  # whether the optimizer stays, and what happens between two fits
+    *[(False, "validate"), (True, "validate"), (False, "exception"), (True, "exception")],
+    (True, "deepcopy"),
+]
+
+
+@pytest.mark.parametrize(("kept", "between"), BETWEEN)
 def test_fit_twice(package, kept, between):  # P3, P4
     def run(make, *callbacks):
         made = []
@@ -350,18 +288,17 @@ def test_fit_twice(package, kept, between):  # P3, P4
         module = model_class(package)(once)
         trainer = quiet_trainer(package, *callbacks, max_epochs=1)
         trainer.fit(module, loader(6))
+        trainer.fit_loop.max_epochs = 2
         if between == "validate":
             trainer.validate(module, loader(2), verbose=False)
         if between == "exception":
             module.raises = (0, BangError())
-            trainer.fit_loop.max_epochs = 2
             with pytest.raises(BangError):
                 trainer.fit(module, loader(6))
             module.raises = None
             trainer = quiet_trainer(package, *callbacks, max_epochs=2)
         if between == "deepcopy":
             trainer = quiet_trainer(package, *copy.deepcopy(callbacks), max_epochs=2)
-        trainer.fit_loop.max_epochs = 2
         trainer.fit(module, loader(6))
         return module
 
@@ -384,56 +321,3 @@ def test_a_step_before_the_first_batch_is_the_first(package):  # P1, P6
     schedule = Positions()
     run(adam, DecoupledWD(schedule))
     assert schedule.seen[0] == 0
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "optimizers",
-    [-1, (0, -1), [], (), (0, 0), [1, 0, 1], "0", "", True, [False], [None], [0.0], 1.5, float],
-    ids=repr,
-)
-def test_refuses_such_optimizers(optimizers):  # P10
-    with pytest.raises((TypeError, ValueError), match=r"^optimizers "):
-        DecoupledWD(0.1, optimizers=optimizers)
-
-
-@each_way
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"wd": lambda p: 0.1 - p}, r"progress 0\.1.* -0\.0"),
-        ({"wd": lambda p: float("nan") if p else 0.1}, r"progress 0\.08\d*.* nan"),
-        ({"wd": 100.0}, r"group 0.*lr 0\.01.*wd 100"),
-        ({"wd": 1.0, "scale_by": "none"}, "group 0"),
-    ],
-    ids=["negative", "NaN", "a shrink of 10", "a shrink of 1"],
-)
-def test_refuses_a_nonsensical_step_before_touching_a_weight(
-    package, arguments, message, manual
-):  # P3, P10
-    class Notes(package.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.weights = weights(pl_module)
-
-    notes, made = Notes(), []
-
-    def make(module):
-        made.append(module)
-        return adam(module)
-
-    with pytest.raises(ValueError, match=message):
-        fit(package, make, DecoupledWD(**arguments), notes, model={"manual": manual})
-    assert all(map(torch.equal, notes.weights, weights(made[0])))
-    optimizer = optimizer_of(made[0])
-    assert hooks_of(optimizer) == []
-    assert optimizer.param_groups[0]["weight_decay"] == INNER_WD
-
-
-def test_refuses_an_unknown_max_lr_before_training(package):  # P3, P10
-    module = model_class(package)(partial(adam, lr=0.0))
-    trainer = quiet_trainer(package, DecoupledWD(0.1, scale_by="lr_ratio"), max_epochs=1)
-    with pytest.raises(ValueError, match="max_lr"):
-        trainer.fit(module, loader(2))
-    assert hooks_of(optimizer_of(module)) == []
