@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import pickled
+from helpers import Positions, evenly, hooks_of, pickled, weights, zero_gradients
 from helpers import same as same_weights
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
@@ -49,13 +49,13 @@ TO_EVALUATE = {"eval_strategy": "epoch", "eval_dataset": DATA[:4]}
 def build(tmp_path):
     """Returns a Trainer; options that it does not know go to its TrainingArguments."""
 
-    def build(*callbacks, model=None, trainer=Trainer, data=DATA, out="run", **options):
+    def build(*callbacks, model=None, trainer=Trainer, out="run", **options):
         own = {name: options.pop(name) for name in OWN if name in options}
-        make = options.pop("args", transformers.TrainingArguments)
-        args = make(str(tmp_path / out), learning_rate=LR, **{**DEFAULTS, **options})
+        options = {**DEFAULTS, "learning_rate": LR, **options}
+        args = transformers.TrainingArguments(str(tmp_path / out), **options)
         if "model_init" not in own:
             own["model"] = bert() if model is None else model
-        return trainer(args=args, train_dataset=data, callbacks=[*callbacks], **own)
+        return trainer(args=args, train_dataset=DATA, callbacks=[*callbacks], **own)
 
     return build
 
@@ -82,38 +82,30 @@ def logged(trainer):
     return {name: [v for k, v in logs if k == name] for name, _ in logs if name[:2] == "wd"}
 
 
+def test_the_decay_makes_adamw(train):  # P3, P4
+    theirs = train(**ADAMW)
+    for wd, options in (
+        (0.1, ADAM),
+        (0.1, {**ADAM, "weight_decay": 0.3}),
+        (None, {**ADAM, "weight_decay": 0.1}),
+        (0.1, {"optim": "adamw_torch", "weight_decay": 0.3}),
+    ):
+        assert same(train(DecoupledWD(wd, quantum=0), **options), theirs)
+    assert not same(train(DecoupledWD(0.05, quantum=0), **ADAM), theirs)
+
+
 LIKE_ADAMW = {
-    "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3},
-    "max_steps": {"max_steps": 5},
     "clipping": {"max_grad_norm": 0.05},
     "bf16": {"bf16": True},
     "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 3},
-    "own weight decay": {"weight_decay": 0.3},
 }
 
 
 @pytest.mark.parametrize("options", LIKE_ADAMW.values(), ids=LIKE_ADAMW)
-def test_adam_equals_adamw(options, train):  # P3, P4
-    options = {"num_train_epochs": 1, **options}
-    theirs = train(**{**options, **ADAMW})
-    assert same(train(DecoupledWD(0.1, quantum=0), **ADAM, **options), theirs)
-    if len(options) == 1:
-        assert same(train(DecoupledWD(quantum=0), **ADAM, weight_decay=0.1, **options), theirs)
-        assert not same(train(DecoupledWD(0.05, quantum=0), **ADAM, **options), theirs)
-
-
-@pytest.mark.parametrize("wd", [0.0, 0.1], ids="weight_decay={}".format)
-def test_the_second_group_does_not_decay(wd, train):  # wd
-    callback = DecoupledWD(0.2)
-    trainer = train(callback, weight_decay=wd, max_steps=1)
-    decaying = set(trainer.get_decay_parameter_names(trainer.model))
-    rows = callback.describe(parameters=True)
-    assert {row.name for row in rows if row.decays} == decaying
-    assert {row.reason for row in rows if not row.decays} == {"no-decay group"}
-    sequence = DecoupledWD([0.2, 0.1])
-    trainer = train(sequence, weight_decay=wd, max_steps=1)
-    assert all(row.decays for row in sequence.describe(parameters=True))
+def test_adam_equals_adamw(options, train):  # P1, P4
+    ours = train(DecoupledWD(0.1, quantum=0), **ADAM, **options)
+    assert same(ours, train(**ADAMW, **options))
 
 
 class Freezes(TrainerCallback):
@@ -133,29 +125,37 @@ class AddsGroup(Trainer):
         return optimizer
 
 
-@pytest.mark.parametrize(("callbacks", "trainer"), [((Freezes(),), Trainer), ((), OwnNames)])
-def test_the_second_group_is_the_trainers_own(callbacks, trainer, train):  # wd
+GROUPS = {  # callbacks, options, and the coefficient of each group
+    "of the Trainer": ([], {}, [0.2, 0]),
+    "with a weight decay": ([], {"weight_decay": 0.1}, [0.2, 0]),
+    "frozen later": ([Freezes()], {}, [0.2, 0]),
+    "by names of the user's own": ([], {"trainer": OwnNames}, [0.2, 0]),
+    "with a third one": ([], {"trainer": AddsGroup}, [0.2, 0, 0.2]),
+}
+
+
+@pytest.mark.parametrize(("callbacks", "options", "expected"), GROUPS.values(), ids=GROUPS)
+def test_the_second_group_of_the_trainer_does_not_decay(callbacks, options, expected, train):  # wd
     decay = DecoupledWD(0.2)
-    trained = train(*callbacks, decay, trainer=trainer, max_steps=1)
-    names = set(trained.get_decay_parameter_names(trained.model))
-    spared = {row.name for row in decay.describe(parameters=True) if row.reason == "no-decay group"}
-    assert spared == {name for name, _ in trained.model.named_parameters()} - names
+    trainer = train(*callbacks, decay, max_steps=1, **options)
+    assert [row.coefficient for row in decay.describe()] == expected
+    names = {name for name, _ in trainer.model.named_parameters()}
+    rows = {row.name for row in decay.describe(parameters=True) if row.reason == "no-decay group"}
+    assert rows == names - set(trainer.get_decay_parameter_names(trainer.model))
 
 
-def test_a_third_group_changes_nothing_for_the_first_two(train):  # wd
-    decay = DecoupledWD(0.2)
-    trained = train(decay, trainer=AddsGroup, max_steps=1)
-    assert len(trained.optimizer.param_groups) == 3
-    assert [row.coefficient for row in decay.describe()] == [0.2, 0, 0.2]
-
-
-def test_groups_of_the_users_own_are_not_the_trainers(train):  # wd
+def test_other_groups_decay(build):  # wd
+    for options in ({}, {"weight_decay": 0.1}):
+        decay = DecoupledWD([0.2, 0.1])
+        trainer = build(decay, max_steps=1, **options)
+        trainer.train()
+        assert all(row.decays for row in decay.describe(parameters=True))
     model = bert()
     vectors = [p for p in model.parameters() if p.ndim < 2]
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}
     own = torch.optim.AdamW([matrices, {"params": vectors, "weight_decay": 0.05}], lr=LR)
     decay = DecoupledWD(0.2)
-    train(decay, model=model, optimizers=(own, None), max_steps=1)
+    build(decay, model=model, optimizers=(own, None), max_steps=1).train()
     assert [row.coefficient for row in decay.describe()] == [0.2, 0.2]
 
 
@@ -185,17 +185,6 @@ def test_callbacks_around_it_miss_nothing(build):
     assert logged(trainer) == {"wd": [0.1] * STEPS}
 
 
-def test_a_subclass(train):
-    class Mine(DecoupledWD):
-        def on_train_begin(self, *args, **kwargs):
-            self.begun = True
-            super().on_train_begin(*args, **kwargs)
-
-    callback = Mine(0.1, quantum=0)
-    assert same(train(callback, **ADAM), train(**ADAMW))
-    assert copy.deepcopy(callback).begun
-
-
 @pytest.mark.parametrize("cautious", [False, True])
 def test_a_step_that_raised_leaves_nothing_to_later_steps(cautious, build):  # P3, P16
     class Raises(torch.optim.SGD):
@@ -212,9 +201,8 @@ def test_a_step_that_raised_leaves_nothing_to_later_steps(cautious, build):  # P
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.train()
     optimizer.raises = False
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    before = weights(model)
+    zero_gradients(model)
     optimizer.step()  # by hand, after training: L2 of 0.25
     for p, old in zip(model.parameters(), before):
         torch.testing.assert_close(p.detach(), old - LR * (0.25 * old))
@@ -229,10 +217,11 @@ LENGTHS = {
 
 @pytest.mark.parametrize(("options", "steps", "epoch"), LENGTHS.values(), ids=LENGTHS)
 def test_a_schedule_runs_from_0_to_1(options, steps, epoch, train):  # P6, P7
-    seen = []
-    callback = DecoupledWD(lambda progress: seen.append(progress) or 0.1)
+    schedule = Positions(0.1)
+    callback = DecoupledWD(schedule)
     trainer = train(callback, **options)
-    assert seen[-trainer.state.max_steps :] == [step / steps for step in range(steps)]
+    assert trainer.state.global_step == steps
+    assert schedule.last(steps) == evenly(steps)
     assert callback.describe()[0].steps_per_epoch == epoch
 
 
@@ -241,39 +230,23 @@ def test_a_run_without_a_length(options, train):  # P6
     assert same(train(DecoupledWD(Normalized(0.0)), **ADAM, **options), train(**ADAM, **options))
 
 
-def split(model):
-    """An optimizer with two param groups, and no scheduler."""
-    head = list(model.classifier.parameters())
-    body = [p for p in model.parameters() if all(p is not q for q in head)]
-    return torch.optim.Adam([{"params": body}, {"params": head}], lr=LR), None
-
-
 HALVES = {"*classifier*": Linear(0.2, 0), "*": 0.1}
-TWO = {"wd/pg1": [0.2, 0.2], "wd/pg2": [0.2, 0.2]}
-NAMES = {
-    "a number": (DecoupledWD(0.1), False, {"wd": [0.1, 0.1]}),
-    "a schedule": (DecoupledWD(Linear(0.2, 0)), False, {"wd": [0.2, 0.1]}),
-    "args.weight_decay": (DecoupledWD(), False, {"wd": [0.3, 0.3]}),
-    "alike": (DecoupledWD([0.1, 0.1]), True, {"wd": [0.1, 0.1]}),
-    "unlike": (DecoupledWD([0.1, 0.2]), True, {"wd/pg1": [0.1, 0.1], "wd/pg2": [0.2, 0.2]}),
-    "other scales": (DecoupledWD(0.2, scale_by=["lr", "none"]), True, TWO),
-    "a mapping": (DecoupledWD(HALVES), False, {"wd/*classifier*": [0.2, 0.1], "wd/*": [0.1, 0.1]}),
+SCALES = {"wd": [0.2, 0.2], "scale_by": ["lr", "none"]}
+NAMES = {  # with a weight decay of 0.3 in the first group of two
+    "a number": (DecoupledWD(0.1), {"wd": [0.1, 0.1]}),
+    "a schedule": (DecoupledWD(Linear(0.2, 0)), {"wd": [0.2, 0.1]}),
+    "args.weight_decay": (DecoupledWD(), {"wd": [0.3, 0.3]}),
+    "alike": (DecoupledWD([0.1, 0.1]), {"wd": [0.1, 0.1]}),
+    "unlike": (DecoupledWD([0.1, 0.2]), {"wd/pg1": [0.1, 0.1], "wd/pg2": [0.2, 0.2]}),
+    "other scales": (DecoupledWD(**SCALES), {"wd/pg1": [0.2, 0.2], "wd/pg2": [0.2, 0.2]}),
+    "a mapping": (DecoupledWD(HALVES), {"wd/*classifier*": [0.2, 0.1], "wd/*": [0.1, 0.1]}),
 }
 
 
-@pytest.mark.parametrize(("callback", "is_split", "expected"), NAMES.values(), ids=NAMES)
-def test_names_in_the_logs(callback, is_split, expected, train):  # P13
-    model = bert()
-    own = {"optimizers": split(model)} if is_split else ADAM
-    trainer = train(copy.deepcopy(callback), model=model, max_steps=2, weight_decay=0.3, **own)
+@pytest.mark.parametrize(("callback", "expected"), NAMES.values(), ids=NAMES)
+def test_names_in_the_logs(callback, expected, train):  # P13
+    trainer = train(copy.deepcopy(callback), max_steps=2, weight_decay=0.3, **ADAM)
     assert logged(trainer) == {name: pytest.approx(values) for name, values in expected.items()}
-
-
-def test_each_training_logs(build):  # P13
-    trainer = build(DecoupledWD(0.1), max_steps=2, logging_steps=2)
-    for _ in range(2):
-        trainer.train()
-        assert logged(trainer) == {"wd": [0.1]}
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
@@ -296,51 +269,6 @@ def test_tensorboard_shows_it(train, tmp_path, monkeypatch):  # P13
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(2, 0.375), (4, 0.125)]
 
 
-DEFERS = functools.partial(DecoupledWD, wd=Cosine(0.4, 0), quantum=1.1e-2)
-RESUMED = {  # arguments, and whether the Trainer restores its callbacks
-    "deferred": ({}, False),
-    "restored": ({}, True),
-    "initial": ({"anchor": "initial"}, True),
-    "mapping": ({"anchor": {"classifier.weight": torch.ones(2, 8)}}, False),
-    "lr_ratio": ({"scale_by": "lr_ratio", "quantum": 0.73}, False),
-    "keys": ({"wd": {"classifier*": 0.4, lambda name, p: True: 0.3}}, False),  # files sort them
-}
-resumes = pytest.mark.skipif(
-    not hasattr(torch.compiler, "set_stance"), reason="transformers resumes with torch 2.6 or later"
-)
-SAVES = {"save_strategy": "steps", "save_steps": 3}
-
-
-@resumes
-@pytest.mark.parametrize(("own", "restores"), RESUMED.values(), ids=RESUMED)
-def test_a_resumed_run_ends_with_the_same_bits(own, restores, train, tmp_path):  # P9, P15
-    whole = train(DEFERS(**own), **SAVES)
-    folder = tmp_path / "run" / "checkpoint-3"
-    assert (folder / ANCHORS_FILE).exists() is (own.get("anchor") == "initial")
-    saved = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
-    assert any(log for row in saved[STATE_KEY]["owed"] for log in row)  # something is deferred
-    flag = {"restore_callback_states_from_checkpoint": restores}
-    resumed = train(DEFERS(**own), resume=str(folder), out="another", **flag, **SAVES)
-    assert same(resumed, whole)
-    assert logged(resumed) == logged(whole)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    del state["stateful_callbacks"][STATE_KEY]
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.warns(DecoupledWDWarning, match="saved after 3 steps without it"):
-        assert not same(train(DEFERS(**own), resume=str(folder), **flag), whole)
-
-
-@resumes
-@pytest.mark.parametrize("strategy", ["epoch", "best"])
-def test_every_way_to_save(strategy, train, tmp_path):  # P9
-    options = {"save_strategy": strategy, "metric_for_best_model": "loss", **TO_EVALUATE}
-    whole = train(DEFERS(), num_train_epochs=3, **options)
-    resumed = train(DEFERS(), num_train_epochs=3, resume=str(tmp_path / "run/checkpoint-4"))
-    assert same(resumed, whole)
-    assert logged(resumed) == logged(whole)
-
-
-@resumes
 class SaveNow(TrainerCallback):
     """Asks for a checkpoint of its own after step 3."""
 
@@ -348,42 +276,72 @@ class SaveNow(TrainerCallback):
         control.should_save = control.should_save or state.global_step == 3
 
 
+DEFERS = functools.partial(DecoupledWD, wd=Cosine(0.4, 0), quantum=1.3e-2)
+SAVES = {"save_strategy": "steps", "save_steps": 3}
+RARELY = {"save_strategy": "steps", "save_steps": 100}
+RESTORES = {"restore_callback_states_from_checkpoint": True}
+BEST = {"save_strategy": "best", "metric_for_best_model": "loss", **TO_EVALUATE}
+INITIAL = {"anchor": "initial"}
+RESUMED = {  # arguments, callbacks beside the decay, and when the Trainer saves
+    "a schedule": ({}, [], SAVES),
+    "initial": (INITIAL, [], SAVES | RESTORES),
+    "anchors": ({"anchor": {"classifier.weight": torch.ones(2, 8)}}, [], SAVES),
+    "lr_ratio": ({"scale_by": "lr_ratio", "quantum": 0.73}, [], SAVES),
+    "keys": ({"wd": {"classifier*": 0.4, lambda name, p: True: 0.3}}, [], SAVES),  # files sort them
+    "epochs": ({}, [], {"save_strategy": "epoch"}),
+    "best": (INITIAL, [], BEST),
+    "by a callback": (INITIAL, [SaveNow()], RARELY),
+}
+resumes = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="transformers resumes with torch 2.6 or later"
+)
+
+
 @resumes
-@pytest.mark.parametrize("own", [{}, {"anchor": "initial"}], ids=["deferred", "initial"])
-@pytest.mark.parametrize("steps", [2, 100])
-def test_a_callback_may_ask_for_a_checkpoint(own, steps, train, tmp_path):  # P9
-    whole = train(DEFERS(**own), SaveNow(), save_strategy="steps", save_steps=steps)
-    resumed = train(DEFERS(**own), resume=tmp_path / "run/checkpoint-3", out="another")
+@pytest.mark.parametrize(("own", "callbacks", "options"), RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(own, callbacks, options, train, tmp_path):  # P9, P15
+    whole = train(DEFERS(**own), *callbacks, **options)
+    folder = min((tmp_path / "run").iterdir())
+    assert (folder / ANCHORS_FILE).exists() is (own == INITIAL)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] < STEPS
+    saved = state["stateful_callbacks"].pop(STATE_KEY)
+    assert any(log for row in saved["owed"] for log in row)  # something is deferred
+    resumed = train(DEFERS(**own), resume=str(folder), out="another", **options)
     assert same(resumed, whole)
-
-
-@resumes
-def test_an_anchor_that_is_new_in_a_resumed_run(train, tmp_path):  # P9
-    train(DEFERS(), **SAVES)
-    with pytest.warns(DecoupledWDWarning, match="anchor was None in the saved run and is initial"):
-        train(DEFERS(anchor="initial"), resume=str(tmp_path / "run/checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.warns(DecoupledWDWarning, match=r"saved after \d steps without it"):
+        assert not same(train(DEFERS(**own), resume=str(folder), **options), whole)
 
 
 @resumes
 def test_joining_a_run(train, tmp_path):  # P9
-    train(**SAVES)
-    checkpoint, flag = str(tmp_path / "run/checkpoint-3"), "restore_callback_states_from_checkpoint"
+    options = SAVES | RESTORES
+    train(**options)
     with pytest.warns(DecoupledWDWarning, match="saved after 3 steps without it"):
-        joined = train(DEFERS(), resume=checkpoint, **SAVES, **{flag: True})
-    again = train(DEFERS(), resume=str(tmp_path / "run/checkpoint-6"), **SAVES, **{flag: True})
+        joined = train(DEFERS(), resume=str(tmp_path / "run/checkpoint-3"), **options)
+    again = train(DEFERS(), resume=str(tmp_path / "run/checkpoint-6"), **options)
     assert same(again, joined)
-    train(resume=str(tmp_path / "run/checkpoint-6"), **{flag: True})  # and leaving it
+    train(resume=str(tmp_path / "run/checkpoint-6"), **options)  # and leaving it
+
+
+OTHERS = {  # arguments of the resumed run, its options, what warnings name, the last coefficient
+    "wd and length": ({"wd": Linear(0.4, 0)}, {"max_steps": 10}, ["max_steps", "wd"], 0.04),
+    "anchor": ({"wd": Linear(0.2, 0), **INITIAL}, {}, ["anchor"], 0.025),
+}
 
 
 @resumes
-def test_other_arguments_win_and_warn(train, tmp_path):  # P9
+@pytest.mark.parametrize(("own", "options", "names", "last"), OTHERS.values(), ids=OTHERS)
+def test_other_arguments_win_and_warn(own, options, names, last, train, tmp_path):  # P9
     train(DecoupledWD(Linear(0.2, 0)), **SAVES)
+    changed = DecoupledWD(**own)
     with pytest.warns(DecoupledWDWarning) as caught:
-        changed = DecoupledWD(Linear(0.4, 0))
-        train(changed, resume=str(tmp_path / "run" / "checkpoint-3"), max_steps=10)
+        train(changed, resume=str(tmp_path / "run/checkpoint-3"), **options)
     texts = sorted(str(it.message) for it in caught if it.category is DecoupledWDWarning)
-    assert [text.partition(" was ")[0] for text in texts] == ["max_steps", "wd"]
-    assert changed.coefficients[0] == pytest.approx(0.04)
+    assert [text.partition(" was ")[0] for text in texts] == names
+    assert changed.coefficients[0] == pytest.approx(last)
 
 
 def test_the_optimizer_is_as_it_was(train):  # P3
@@ -395,9 +353,8 @@ def test_the_optimizer_is_as_it_was(train):  # P3
 
     pair = train(DecoupledWD(0.1), Groups(), weight_decay=0.3), train(Groups(), weight_decay=0.3)
     assert seen[:STEPS] == seen[STEPS:]
-    for name, hooks in vars(pair[0].optimizer.optimizer).items():
-        if name.endswith("_hooks"):
-            assert len(hooks) == len(getattr(pair[1].optimizer.optimizer, name)), name
+    ours, theirs = (len(hooks_of(trainer.optimizer.optimizer)) for trainer in pair)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("fails", [False, True], ids="fails={}".format)
@@ -427,10 +384,11 @@ def test_finding_the_batch_size(train):  # P4, P6
                 raise RuntimeError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    options, seen = {"trainer": OutOfMemory, "auto_find_batch_size": True, "max_steps": 4}, []
-    callback = DecoupledWD(lambda progress: seen.append(progress) or 0.1, quantum=0)
-    assert same(train(callback, **ADAM, **options), train(**ADAMW, **options))
-    assert seen[-4:] == [0.0, 0.25, 0.5, 0.75]
+    options = {"trainer": OutOfMemory, "auto_find_batch_size": True, "max_steps": 4}
+    schedule = Positions(0.1)
+    ours = train(DecoupledWD(schedule, quantum=0), **ADAM, **options)
+    assert same(ours, train(**ADAMW, **options))
+    assert schedule.last(4) == evenly(4)
 
 
 def test_searching_hyperparameters(build):  # P9, P13: evaluation metrics stay as they are
@@ -457,21 +415,6 @@ def test_searching_hyperparameters(build):  # P9, P13: evaluation metrics stay a
     assert all((folder / ANCHORS_FILE).is_file() for folder in folders)
 
 
-def test_a_seq2seq_trainer(train):  # P4
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
-    config = transformers.T5Config(dropout_rate=0.0, decoder_start_token_id=0, **sizes)
-    data = [{**it, "labels": it["input_ids"]} for it in DATA]
-
-    def run(*callbacks, **options):
-        torch.manual_seed(0)
-        options |= {"args": transformers.Seq2SeqTrainingArguments, "data": data}
-        model = transformers.T5ForConditionalGeneration(config)
-        trainer = transformers.Seq2SeqTrainer
-        return train(*callbacks, model=model, trainer=trainer, max_steps=3, **options)
-
-    assert same(run(DecoupledWD(0.1, quantum=0), optim="adamw_torch"), run(**ADAMW))
-
-
 def test_lora(train):  # P2, P4
     peft = pytest.importorskip("peft")
 
@@ -487,7 +430,9 @@ def test_lora(train):  # P2, P4
 
 def test_copies_take_the_arguments_along(train):  # P9
     callback = DecoupledWD(Cosine(0.1, 0), exclude="bias", anchor="initial")
+    callback.note = "of a subclass"
     train(callback, max_steps=1)
     for copied in (pickled(callback), copy.deepcopy(callback)):
         train(copied, max_steps=1)
         assert (repr(copied), copied.coefficients) == (repr(callback), callback.coefficients)
+        assert copied.note == "of a subclass"
