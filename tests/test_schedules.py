@@ -12,7 +12,7 @@ import torch
 from adapters import BATCHES, each_adapter, run
 from fastai.callback.training import GradientAccumulation
 from fastai_helpers import Trace, learner
-from helpers import fuzz, parameter, pickled
+from helpers import fuzz, parameter, pickled, weights
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lightning_helpers import LR, adam, fit
@@ -171,6 +171,7 @@ NORMALIZED = {
     Restarts(Normalized(0.6), 2, mult=3): [0.6 / 2] * 4 + [0.6 / math.sqrt(12)] * 12,
     Join([PAUSE, (0.5, Normalized(0.4))]): [0] * 8 + [0.1] * 8,
     Join([PAUSE, (0.5, Restarts(Normalized(0.4), 2))]): [0] * 8 + [0.2] * 8,
+    Join([PAUSE, (0.5, Join([PAUSE, (0.5, Restarts(Normalized(0.4), 2))]))]): [0] * 24 + [0.2] * 8,
 }
 
 
@@ -182,12 +183,16 @@ def test_normalized_divides_by_the_root_of_the_steps(schedule):
 
 @pytest.mark.parametrize("scale_by", ["lr", "lr_ratio", "lr_squared", "none"])
 def test_timescale_shrinks_by_one_over_the_steps_at_each_groups_peak(scale_by):
-    params = [parameter(2, 2, dtype=torch.float64) for _ in range(2)]
-    groups = [{"params": params[:1], "lr": 0.2}, {"params": params[1:], "lr": 0.4, "max_lr": 0.4}]
+    first, second = (parameter(2, 2, dtype=torch.float64) for _ in range(2))
+    groups = [{"params": first, "lr": 0.2}, {"params": second, "lr": 0.1, "max_lr": 0.4}]
     optimizer = torch.optim.SGD(groups)
     DecoupledWD(optimizer, Timescale(epochs=8), scale_by=scale_by, steps_per_epoch=5)
     optimizer.step()
-    assert [1 - p[0, 0].item() for p in params] == pytest.approx([1 / 40] * 2)
+    optimizer.param_groups[1]["lr"] = 0.4
+    before = weights(optimizer)
+    optimizer.step()
+    shrinks = [1 - (p / old).mean().item() for p, old in zip((first, second), before)]
+    assert shrinks == pytest.approx([1 / 40] * 2)
 
 
 @each_adapter
