@@ -152,8 +152,8 @@ class LookaheadOfVectors(Plain):
                 p.lerp_(self.state[p].setdefault("first", p.clone()), 0.2)
 
 
-class Copies(Plain):
-    """Updates float32 copies of half-precision weights."""
+class Copies(IgnoresClosure):
+    """Updates float32 copies of half-precision weights, and ignores its closure."""
 
     def besides(self):
         for p in params_of(self):
