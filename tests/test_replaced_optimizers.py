@@ -117,8 +117,8 @@ def assign(trainer):
     "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
 )
 def test_a_new_lightning_optimizer_decays_from_its_first_step(hook, is_first, replace):  # P1, P3
-    callbacks = [lightning_other(hook, replace), LightningWD(1.0)]
-    assert fit_lightning(*callbacks[:: 1 if is_first else -1]) == ALL
+    other, decay = lightning_other(hook, replace), LightningWD(1.0)
+    assert fit_lightning(*([other, decay] if is_first else [decay, other])) == ALL
     assert not _global_optimizer_pre_hooks
 
 
