@@ -5,37 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import math
 import os
 import pickle
 import signal
-import time
 from pathlib import Path
 
 import torch
 
 
 class Kill:
-    """When a program kills itself.
+    """Kills its own process in the middle of a batch, or in its first save from a batch on."""
 
-    Args:
-        middle: In the middle of this batch.
-        saving: While it saves, at this batch or later: half of the file is written.
-        pause: How many seconds longer each batch takes, for others to kill it.
-    """
-
-    def __init__(self, middle=None, saving=None, pause=0.0):
-        self.at_middle, self.at_saving, self.pause, self.batch = middle, saving, pause, 0
-
-    def start(self, batch):
-        self.batch = batch
-        time.sleep(self.pause)
+    def __init__(self, middle=math.inf, saving=math.inf):
+        self.at_middle, self.at_saving = middle, saving
+        self.batch = 0  # the program's current one
 
     def middle(self):
         if self.batch == self.at_middle:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save(self, state, path):
-        if self.at_saving is not None and self.batch >= self.at_saving:
+        """Writes half of the file, if it kills."""
+        if self.batch >= self.at_saving:
             buffer = io.BytesIO()
             torch.save(state, buffer)
             Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])

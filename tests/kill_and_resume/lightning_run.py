@@ -12,16 +12,17 @@ import warnings
 import pytorch_lightning as pl
 import torch
 from kill_and_resume.kills import newest, safely
+from lightning_helpers import loader, quiet_trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
-from torch.utils.data import DataLoader
 
 from wd_callbacks.lightning import DecoupledWD
 from wd_callbacks.schedules import Cosine, Linear
 
 EPOCHS, PER_EPOCH = 4, 11
+EVERY = 5  # steps of both: never after the last batch of an epoch, where Lightning 2.6.6 repeats batches
 
 OWN = {"weight_decay": 0.37}  # any use or loss of it changes the weights
 
@@ -40,7 +41,7 @@ class Model(pl.LightningModule):
         self.kill = kill
 
     def training_step(self, batch, batch_idx):
-        self.kill.start(self.current_epoch * PER_EPOCH + batch_idx)
+        self.kill.batch = self.current_epoch * PER_EPOCH + batch_idx
         generator = torch.Generator().manual_seed(self.kill.batch)
         x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 1, generator=generator)
         hidden = self.body(x)
@@ -63,18 +64,6 @@ class Model(pl.LightningModule):
         return [sgd, adam], [LinearLR(sgd, 0.1, total_iters=20), CosineAnnealingLR(adam, 30)]
 
 
-class Saver(pl.callbacks.ModelCheckpoint):
-    """Saves where Lightning itself resumes to the same bits.
-
-    That is not at the last batch of an epoch: the next checkpoint would repeat batches (Lightning
-    2.6.6).
-    """
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx + 1 < PER_EPOCH:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-
 class Files(TorchCheckpointIO):
     """Lightning's own, with a kill while it writes."""
 
@@ -94,21 +83,12 @@ def train(folder, kill):
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     wds = {0: Cosine(0.04, 0.01), 1: [Linear(0.1, 0), 0.05]}
     decay = DecoupledWD(wds, quantum=4e-3, exclude=["bias", "norm"])
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[decay, Saver(folder, "{step}", every_n_train_steps=2, save_last=True)],
-        plugins=[Files(kill)],
-    )
-    model = Model(kill)
-    data = DataLoader(torch.arange(PER_EPOCH), batch_size=1)
-    trainer.fit(model, data, ckpt_path=newest(folder)[0], **safely(trainer))
+    save = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=EVERY, save_top_k=-1)
+    settings = {"max_epochs": EPOCHS, "enable_checkpointing": True, "plugins": [Files(kill)]}
+    trainer = quiet_trainer(pl, decay, save, **settings)
+    trainer.fit(Model(kill), loader(PER_EPOCH), ckpt_path=newest(folder)[0], **safely(trainer))
     return {
-        "model": model.state_dict(),
+        "model": trainer.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "lrs": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "decay": decay.state_dict(),

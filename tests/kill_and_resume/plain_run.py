@@ -24,82 +24,64 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Dropout(0.1))
-        self.branch = nn.Linear(8, 8)
-        self.neck = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 1)
+        self.branch, self.neck, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
 
     def forward(self, x, branch):
         x = self.trunk(x)
         return self.head(torch.tanh(self.neck(x + self.branch(x) if branch else x)))
 
 
-class Training:
-    """All that a checkpoint has to restore: three optimizers, each with another kind of decay."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = Net()
-        body = [*self.model.trunk.parameters(), *self.model.branch.parameters()]
-        neck = [{"params": [p]} for p in self.model.neck.parameters()]
-        neck[1]["lr"] = 0.02
-        sgd = torch.optim.SGD(body, lr=0.05, momentum=0.9, **OWN)
-        adam = torch.optim.Adam(neck, lr=0.01, **OWN)
-        adagrad = torch.optim.Adagrad(self.model.head.parameters(), lr=0.02, **OWN)
-        keys = {"trunk.*": Cosine(0.06, 0.02), "*": 0.01}
-        ratio = {"scale_by": "lr_ratio", "quantum": 3e-3, "exclude": "norm"}
-        arguments = [
-            {"wd": keys, "anchor": "initial"},
-            {"wd": [Linear(1e-3, 0), 4e-4], **ratio},
-            {"wd": {"*.bias": 0.1, "*": Linear(0.1, 0.3)}, "cautious": True},
-        ]
-        self.optimizers = [sgd, adam, adagrad]
-        self.lrs = [
-            LinearLR(sgd, 0.1, total_iters=20),
-            CosineAnnealingLR(adam, BATCHES),
-            LinearLR(adagrad, 1.0, 0.5, total_iters=9),
-        ]
-        self.decays = [
-            DecoupledWD(optimizer, **each, model=self.model, total_steps=BATCHES // every)
-            for every, (optimizer, each) in enumerate(zip(self.optimizers, arguments), start=1)
-        ]
-
-    @property
-    def parts(self):
-        return [self.model, *self.optimizers, *self.lrs, *self.decays]
-
-    def state(self, batch):
-        """The checkpoint if ``batch`` is the next one."""
-        parts = [part.state_dict() for part in self.parts]
-        return {"parts": parts, "rng": torch.get_rng_state(), "batch": batch}
-
-    def load(self, state):
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-
-    def step(self, batch, kill):
-        """One batch; the n-th optimizer steps in every n-th one, for all of them."""
-        self.model(torch.randn(4, 6), branch=batch % 6 < 4).square().mean().backward()
-        for every, (optimizer, lr) in enumerate(zip(self.optimizers, self.lrs), start=1):
-            if (batch + 1) % every == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-                lr.step()
-            kill.middle()
+def build():
+    """A model, and three optimizers with their schedulers, each with another kind of decay."""
+    model = Net()
+    body = [*model.trunk.parameters(), *model.branch.parameters()]
+    weight, bias = model.neck.parameters()
+    sgd = torch.optim.SGD(body, lr=0.05, momentum=0.9, **OWN)
+    adam = torch.optim.Adam([{"params": [weight]}, {"params": [bias], "lr": 0.02}], lr=0.01, **OWN)
+    adagrad = torch.optim.Adagrad(model.head.parameters(), lr=0.02, **OWN)
+    lrs = [
+        LinearLR(sgd, 0.1, total_iters=20),
+        CosineAnnealingLR(adam, BATCHES),
+        LinearLR(adagrad, 1.0, 0.5, total_iters=9),
+    ]
+    ratio = {"scale_by": "lr_ratio", "quantum": 3e-3, "exclude": "norm"}
+    arguments = [
+        {"wd": {"trunk.*": Cosine(0.06, 0.02), "*": 0.01}, "anchor": "initial"},
+        {"wd": [Linear(1e-3, 0), 4e-4], **ratio},
+        {"wd": {"*.bias": 0.1, "*": Linear(0.1, 0.3)}, "cautious": True},
+    ]
+    optimizers = [sgd, adam, adagrad]
+    decays = [
+        DecoupledWD(optimizer, **each, model=model, total_steps=BATCHES // every)
+        for every, (optimizer, each) in enumerate(zip(optimizers, arguments), start=1)
+    ]
+    return model, optimizers, lrs, decays
 
 
 def train(folder, kill):
     """Trains from the newest checkpoint to the end and returns the final state."""
     torch.set_num_threads(1)
-    training = Training()
+    torch.manual_seed(0)
+    model, optimizers, lrs, decays = build()
+    parts = [model, *optimizers, *lrs, *decays]
     path, state = newest(folder)
     if path is not None:
-        training.load(state)
+        torch.set_rng_state(state["rng"])
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
     for batch in range(state.get("batch", 0), BATCHES):
-        kill.start(batch)
-        training.step(batch, kill)
+        kill.batch = batch
+        model(torch.randn(4, 6), branch=batch % 6 < 4).square().mean().backward()
+        for every, (optimizer, lr) in enumerate(zip(optimizers, lrs), start=1):
+            if (batch + 1) % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                lr.step()
+            kill.middle()
+        state = {"parts": [part.state_dict() for part in parts], "batch": batch + 1}
+        state["rng"] = torch.get_rng_state()
         if (batch + 1) % EVERY == 0:
-            state, path = training.state(batch + 1), folder / f"batch={batch + 1}.ckpt"
+            path = folder / f"batch={batch + 1}.ckpt"
             kill.save(state, path)
             torch.save(state, path)
-    return training.state(BATCHES)
+    return state

@@ -73,7 +73,7 @@ def lightning_run(path, save=None):
     With ``save``, a checkpoint is written there after ``SAVED`` steps.
     """
     import pytorch_lightning as pl
-    from torch.utils.data import DataLoader
+    from lightning_helpers import loader, quiet_trainer
 
     from wd_callbacks.lightning import DecoupledWD
 
@@ -97,20 +97,10 @@ def lightning_run(path, save=None):
                 self.trainer.save_checkpoint(save)
 
     decay = DecoupledWD(**DECAY)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=3,
-        accumulate_grad_batches=2,
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[decay],
-    )
+    settings = {"max_epochs": 3, "accumulate_grad_batches": 2, "precision": "64-true"}
+    trainer = quiet_trainer(pl, decay, **settings)
     model = Model()
-    trainer.fit(model, DataLoader(range(per_epoch)), ckpt_path=path, **safely(trainer))
+    trainer.fit(model, loader(per_epoch), ckpt_path=path, **safely(trainer))
     return model.net.state_dict(), decay.state_dict()
 
 
