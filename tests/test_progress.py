@@ -89,7 +89,10 @@ LIGHTNING = {  # settings, six batches and two epochs unless they say otherwise;
     "max_steps": ({**TENTHS, **NO_EPOCHS, "max_steps": 5}, [i / 18 for i in (0, 4, 8, 10, 14)]),
     "max_steps first": ({"epochs": 10, "max_steps": 15}, evenly(15)),
     "max_epochs first": ({"max_steps": 1000}, evenly(12)),
-    "both at once": ({**TENTHS, "max_steps": 6}, [i / 20 for i in (0, 4, 8, 10, 14, 18)]),
+    "two epochs of steps": (
+        {**TENTHS, **NO_EPOCHS, "max_steps": 6},
+        [i / 20 for i in (0, 4, 8, 10, 14, 18)],
+    ),
     "manual, 5 steps per batch": (manual(steps=5), per_batch(12, 5)),
     "manual, accumulation": (manual(every=3), evenly(4)),
     "manual, raw": (manual(by="raw", steps=2), per_batch(12, 2)),
