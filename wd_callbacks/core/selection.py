@@ -35,7 +35,7 @@ Match = Callable[[str, Tensor, Sequence[nn.Module]], bool]
 # The last search in each model, as hundreds of optimizers may share one.
 _LAST_SEARCHES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
-Named = Iterator[tuple[str, Tensor, tuple[nn.Module, ...]]]
+Named = tuple[str, Tensor, tuple[nn.Module, ...]]
 
 
 class Selected(NamedTuple):
@@ -127,7 +127,7 @@ class Selection:
         model = self._model()
         if model is None:
             return
-        named = list(_named_parameters(model))
+        named = _named_parameters(model)
         self._has_lazy = any(is_lazy(p) for _, p, _ in named)
         places = [(name, id(p), is_lazy(p), type(inside[-1])) for name, p, inside in named]
         seen = places, self._exclude, self._keys
@@ -152,7 +152,7 @@ class Selection:
         _LAST_SEARCHES[model] = seen, found
 
     def _matches(
-        self, what: str, entries: Sequence[Any], model: nn.Module, named: Sequence[Any]
+        self, what: str, entries: Sequence[Any], model: nn.Module, named: Sequence[Named]
     ) -> dict[Tensor, list[int | None]]:
         """Return the index of the first entry that matches, for each name of each parameter."""
         known = [name for name, *_ in named]
@@ -244,23 +244,25 @@ def _first(
     return index if entries is None or index is None else entries[index]
 
 
-def _named_parameters(model: nn.Module) -> Named:
-    """Yield every name of every parameter, with the modules that it is in, the innermost last."""
-    seen = set()
+def _named_parameters(model: nn.Module) -> list[Named]:
+    """Return every name of every parameter, with the modules that it is in, the innermost last."""
+    named: dict[Any, Named] = {}
+    for each in _walk(model, (), ()):
+        named.setdefault(each[:2], each)  # a wrapper may hold a module twice
+    return list(named.values())
 
-    def visit(module: nn.Module, path: tuple[str, ...], above: tuple[nn.Module, ...]) -> Named:
-        inside = (*above, module)
-        for own, p in module._parameters.items():
-            name = ".".join((*path, own))
-            if p is not None and (name, p) not in seen:
-                seen.add((name, p))
-                yield name, p, inside
-        for name, child in module._modules.items():
-            if child is not None and child not in inside:
-                wrapped = name in WRAPPED or (name == "module" and isinstance(module, WRAPPERS))
-                yield from visit(child, path if wrapped else (*path, name), inside)
 
-    return visit(model, (), ())
+def _walk(
+    module: nn.Module, path: tuple[str, ...], above: tuple[nn.Module, ...]
+) -> Iterator[Named]:
+    inside = (*above, module)
+    for own, p in module._parameters.items():
+        if p is not None:
+            yield ".".join((*path, own)), p, inside
+    for name, child in module._modules.items():
+        if child is not None and child not in inside:
+            wrapped = name in WRAPPED or (name == "module" and isinstance(module, WRAPPERS))
+            yield from _walk(child, path if wrapped else (*path, name), inside)
 
 
 def _check_unflattened(p: Tensor, name: str = "") -> None:
