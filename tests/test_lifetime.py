@@ -58,6 +58,9 @@ def test_optimizer_and_model_die_without_the_collector(arguments, is_held):  # P
 
     with contextlib.suppress(RuntimeError):
         optimizer.step(closure)
+    optimizer.param_groups[0]["lr"] = 1e9
+    with contextlib.suppress(ValueError):
+        optimizer.step()
     held = (caller, optimizer, model, model[0].weight)
     references = [weakref.ref(each) for each in held]
     if not is_held:

@@ -22,6 +22,10 @@ from wd_callbacks.core.groups import Group, host_lr, own_wd
 from wd_callbacks.schedules import Run, Schedule, resolved
 
 
+class DivergenceError(ValueError):
+    """A shrink of 1 or more, with which a search for a learning rate ends."""
+
+
 class Shrink(NamedTuple):
     """What a step subtracts from weights, as a fraction of them.
 
@@ -143,13 +147,11 @@ class Rule:
                 return Shrink(coefficient, amount, factor)
             amount, factor = amount.item(), factor.item()
         if not 0 <= amount < 1:
-            error = ValueError(
+            raise (DivergenceError if amount >= 1 else ValueError)(
                 f"param group {self.group}: a step would shrink its weights by {amount:g}, "
                 f"expected at least 0 and below 1 (lr {group.get('lr')}, wd {coefficient:g}, "
                 f"scale_by {self.scale_by!r}): change one of them"
             )
-            vars(error)["diverges"] = amount >= 1  # which ends a search for a learning rate
-            raise error
         return Shrink(coefficient, amount, factor)
 
     def scale(self, group: Group) -> Any:

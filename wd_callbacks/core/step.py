@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wd_callbacks.core.decay import Decay
 from wd_callbacks.core.groups import WD_KEYS, Group
+from wd_callbacks.core.rules import DivergenceError
 
 _untraced = functools.cache(torch.compiler.disable)  # imports the compiler, so not here
 _ZERO = float("0")  # recognized by identity, so that a 0.0 set by someone else is left alone
@@ -91,9 +92,8 @@ class Step:
         progress = self._progress(self.decay)
         try:
             self.decay.decay_(groups, progress, found_inf, not self._decays_first)
-        except ValueError as error:
-            diverges = vars(error).get("diverges", False)
-            if not diverges or self._on_divergence is None or not self._on_divergence():
+        except DivergenceError:
+            if self._on_divergence is None or not self._on_divergence():
                 raise
 
     def _wrapped(self, closure: Callable[..., Any], found_inf: Tensor | None) -> Callable[..., Any]:
