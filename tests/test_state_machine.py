@@ -323,7 +323,7 @@ wds = st.sampled_from([0.2, 1e-4, 0.0, 1])
 
 
 def calls(**fields):
-    grads = [(True,), (True, False), (True, True, False), (False, True), (False,)]
+    grads = [(True,), (True, False), (True, True, False), (False, True, True), (False,)]
     seeds, scales = st.integers(0, 99), st.sampled_from([0.0, 0.1])
     return st.builds(Step, st.sampled_from(grads), seeds, scales, **fields)
 
