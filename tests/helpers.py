@@ -218,27 +218,6 @@ class Climber(torch.optim.Optimizer):
         """As in torch's own: called for every group before it is updated."""
 
 
-class WithoutWD(torch.optim.Optimizer):
-    """Has no weight decay of its own, and state of its own."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            self._init_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    speed = self.state[p].setdefault("speed", torch.zeros_like(p))
-                    p.sub_(speed.mul_(0.5).add_(p.grad), alpha=float(group["lr"]))
-        return loss
-
-    def _init_group(self, group):
-        """As in torch's own: called for every group before it is updated."""
-
-
 # What can be seen of a decay
 
 

@@ -81,6 +81,7 @@ OPTIONS = [
     {"fused": True},
     {"lr": torch.tensor(0.05)},
     {"lr": torch.tensor(0.0123), "fused": True},  # torch computes in double precision
+    {"lr": torch.tensor(1e-3), "fused": True, "dtype": torch.float64},
     {"foreach": False, "dtype": torch.float64},
     {"foreach": False, "eps": 1e-3, "dtype": torch.bfloat16},
     {"foreach": False, "eps": 1e-3, "dtype": torch.float16},  # it has no 1e-8

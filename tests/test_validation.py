@@ -190,6 +190,12 @@ REAL_RATE = "scale_by='none', or a callable"
 NAMED = {"0.weight": torch.ones(3, 3)}
 TOGETHER = {  # arguments, a change of the model or the optimizer, error, pattern
     "length": ({"wd": Linear(0, 1), "total_steps": None}, None, ValueError, "total_steps.*progres"),
+    "length, keys": (
+        {"wd": {"*": Linear(0, 1)}, "total_steps": None},
+        None,
+        ValueError,
+        "schedule",
+    ),
     "exclude": ({"exclude": "bias", "model": None}, None, ValueError, "exclude.*pass model"),
     "keys": ({"wd": {"*": WD}, "model": None}, None, ValueError, "wd.*pass model"),
     "anchors": ({"anchor": NAMED, "model": None}, None, ValueError, "anchor.*pass model"),
