@@ -22,7 +22,8 @@ from wd_callbacks.lightning import DecoupledWD
 from wd_callbacks.schedules import Cosine, Linear
 
 EPOCHS, PER_EPOCH = 4, 11
-EVERY = 5  # steps of both: never after the last batch of an epoch, where Lightning 2.6.6 repeats batches
+# Steps of both: never after the last batch of an epoch, where Lightning 2.6.6 repeats batches.
+EVERY = 5
 
 OWN = {"weight_decay": 0.37}  # any use or loss of it changes the weights
 
