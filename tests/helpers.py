@@ -169,6 +169,10 @@ def spread(dtype=torch.float32, count=4096):
     return p
 
 
+class Marked(torch.Tensor):
+    """A tensor type of its own, with nothing else new."""
+
+
 class NoUpdate(torch.optim.Optimizer):
     """Its ``step`` does nothing: all that is seen in a step is the decay's."""
 

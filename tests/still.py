@@ -14,6 +14,7 @@ from fastai.callback.core import Callback as FastaiCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD as FastaiSGD
+from lightning_helpers import quiet_trainer
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
@@ -62,16 +63,8 @@ class StillModule(lightning.pytorch.LightningModule):
 
 
 def lightning_trainer(*callbacks, epochs=2, **settings):
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tempfile.mkdtemp(),
-    }
-    settings = {**quiet, "max_epochs": epochs, **settings}
-    return lightning.pytorch.Trainer(callbacks=list(callbacks), **settings)
+    settings = {"default_root_dir": tempfile.mkdtemp(), "max_epochs": epochs, **settings}
+    return quiet_trainer(lightning.pytorch, *callbacks, **settings)
 
 
 def zero_loss(prediction, target):

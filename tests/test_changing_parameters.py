@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from helpers import NoUpdate, caught, parameter, random_gradients, weights, zero_gradients
+from helpers import Marked, NoUpdate, caught, parameter, random_gradients, weights, zero_gradients
 from torch import nn
 from torch.optim import LBFGS, SGD
 
@@ -313,10 +313,6 @@ def devices_changed(run):
         for i in indices:
             torch.utils.swap_tensors(run.params[i], nn.Parameter(values[i].clone()))
         run.steps(5)
-
-
-class Marked(torch.Tensor):
-    """A tensor type of its own, with nothing else new."""
 
 
 def one_type_changed(run):

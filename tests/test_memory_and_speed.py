@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import NoUpdate, parameter, zero_gradients
+from helpers import Marked, NoUpdate, parameter, zero_gradients
 from torch import nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,10 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wd_callbacks.torch import DecoupledWD
 
 LR, WD, QUANTUM = 0.5, 0.2, 0.3
-
-
-class Marked(torch.Tensor):
-    """A tensor type of its own, with nothing else new."""
 
 
 def marked():
