@@ -151,6 +151,7 @@ IDLE = {  # arguments, the optimizer's own weight decay, number of warnings
     "own of 0": ({"wd": None}, 0.0, 1),
     "all excluded": ({"wd": 0.1, "exclude": "*"}, 0.0, 1),
     "own, all excluded": ({"wd": None, "exclude": "*"}, 0.1, 1),
+    "0": ({"wd": 0}, 0.1, 0),
     "0 for now": ({"wd": lambda progress: 0.0, "total_steps": 9}, 0.0, 0),
 }
 
