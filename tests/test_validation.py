@@ -183,19 +183,15 @@ def group_has(**values):
     return lambda model, optimizer: optimizer.param_groups[1].update(values)
 
 
-NO_LENGTH = {"total_steps": None, "progress": lambda: 0.0}
+UNKNOWN, LENGTH = {"total_steps": None}, "pass total_steps or progress"
+NO_LENGTH = {**UNKNOWN, "progress": lambda: 0.0}
 SHORT = {"wd": Timescale(epochs=0.1), "steps_per_epoch": 10}
 RATIO, NINE = {"scale_by": "lr_ratio"}, {"wd": Timescale(steps=9)}
 REAL_RATE = "scale_by='none', or a callable"
 NAMED = {"0.weight": torch.ones(3, 3)}
 TOGETHER = {  # arguments, a change of the model or the optimizer, error, pattern
-    "length": ({"wd": Linear(0, 1), "total_steps": None}, None, ValueError, "total_steps.*progres"),
-    "length, keys": (
-        {"wd": {"*": Linear(0, 1)}, "total_steps": None},
-        None,
-        ValueError,
-        "schedule",
-    ),
+    "length": ({"wd": Linear(0, 1), **UNKNOWN}, None, ValueError, LENGTH),
+    "length, keys": ({"wd": {"*": Linear(0, 1)}, **UNKNOWN}, None, ValueError, LENGTH),
     "exclude": ({"exclude": "bias", "model": None}, None, ValueError, "exclude.*pass model"),
     "keys": ({"wd": {"*": WD}, "model": None}, None, ValueError, "wd.*pass model"),
     "anchors": ({"anchor": NAMED, "model": None}, None, ValueError, "anchor.*pass model"),
