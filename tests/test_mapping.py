@@ -104,6 +104,8 @@ def test_a_tied_parameter_has_the_first_key_of_any_of_its_names():  # P14
     assert "tied" in message
     assert "embed.weight, out.weight" in message
     assert measured({"*.weight": 0.3}, model)["embed.weight"] == 0.3  # and no warning
+    excluded = measured({"out.*": 0.2, "*": 0.4}, model, exclude=["embed.*", "out.*"])
+    assert excluded["embed.weight"] == 0  # and no warning
 
 
 def test_types_of_one_name_are_told_apart():  # P14
