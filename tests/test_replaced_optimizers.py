@@ -8,7 +8,7 @@ import torch
 from fastai.callback.core import CancelBatchException, CancelStepException
 from fastai.optimizer import SGD as FastaiSGD
 from fastai.optimizer import OptimWrapper
-from helpers import zero_gradients
+from helpers import hooks_of, zero_gradients
 from still import (
     BATCHES,
     OWN,
@@ -117,9 +117,15 @@ def assign(trainer):
     "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
 )
 def test_a_new_lightning_optimizer_decays_from_its_first_step(hook, is_first, replace):  # P1, P3
-    other, decay = lightning_other(hook, replace), LightningWD(1.0)
+    def action(trainer):
+        old.extend(trainer.optimizers)
+        replace(trainer)
+
+    old = []
+    other, decay = lightning_other(hook, action), LightningWD(1.0)
     assert fit_lightning(*([other, decay] if is_first else [decay, other])) == ALL
     assert not _global_optimizer_pre_hooks
+    assert hooks_of(*old) == []
 
 
 def one(model):
