@@ -23,7 +23,7 @@ QUANTA = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 QUANTUM = 2.0**-20
 ANCHORED_QUANTA = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-3}
 ANCHORED_QUANTUM = 2.0**-10  # what is subtracted is small beside the weight: distances, not weights
-FEW = 8  # parameters, up to which to look at each is cheaper than at all together
+FEW_PARAMS = 8  # up to which it is cheaper to look at each than at all together
 MAX_DEFERRED = 37  # exp(-37) is nothing beside 1, so that no quantum below 1 defers as much
 
 
@@ -170,7 +170,7 @@ class Call:
         """Return True if the parameters are of the same kind as before: they may be moved."""
         device, dtype, cls, _ = self.buckets[0].key
         params = self.params
-        if len(params) > FEW:
+        if len(params) > FEW_PARAMS:
             found = torch._C._group_tensors_by_device_and_dtype([[*params]], False)
             same_class = list(map(type, params)).count(cls) == len(params)
             return same_class and found.keys() == {(device, dtype)}

@@ -14,7 +14,7 @@ from wd_callbacks.core.rules import Shrink
 
 Part = tuple[Bucket, Shrink]
 
-FEW = 8  # factors, above which it is cheaper to make all tensors at once
+FEW_FACTORS = 8  # up to which it is cheaper to make each tensor than all at once
 
 # Weights change unseen by autograd, whose kept graphs stay valid, and without a version bump.
 # `p.data` would do that too, but creating an alias of each parameter would take longest of all.
@@ -93,7 +93,7 @@ def _spread(call: Call, parts: Sequence[Part], values: Sequence[Any]) -> tuple[l
 def _factors(parts: Sequence[Part]) -> Sequence[Any]:
     """Return the factor of each bucket, as ``Bucket.operand`` does."""
     device, dtype, *_ = parts[0][0].key
-    if len(parts) <= FEW or device.type != "cpu":
+    if len(parts) <= FEW_FACTORS or device.type != "cpu":
         return [bucket.operand(shrink.factor) for bucket, shrink in parts]
     factors = [shrink.factor for _, shrink in parts]
     return torch.tensor(factors, dtype=operand_dtype(dtype), device="cpu").unbind()

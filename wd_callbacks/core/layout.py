@@ -21,7 +21,7 @@ from wd_callbacks.core.selection import Selected, Selection
 from wd_callbacks.core.warn import warn
 from wd_callbacks.schedules import Run
 
-MANY = 8  # buckets, above which one call with a list of factors is cheaper than one per rule
+FEW_BUCKETS = 8  # up to which one call per rule is cheaper than one with a list of factors
 
 
 def _always(p: Tensor) -> bool:
@@ -280,7 +280,7 @@ def _calls(buckets: Sequence[Bucket]) -> list[Call]:
     """Group the buckets that share a call: those of one rule, or of all rules if they are many."""
     groups: dict[Any, list[Bucket]] = {}
     for bucket in buckets:
-        rule = bucket.rule if len(buckets) <= MANY else None
+        rule = bucket.rule if len(buckets) <= FEW_BUCKETS else None
         groups.setdefault((bucket.key, bucket.anchors is None, rule), []).append(bucket)
     return [Call(each, [p for bucket in each for p in bucket.params]) for each in groups.values()]
 

@@ -37,9 +37,9 @@ def state_dict(decay: Decay, groups: Sequence[Group]) -> dict[str, Any]:
     state = {
         "steps": decay.steps,
         "arguments": dict(decay.setup.config.record),
-        "lr_max": [group.max_lr for group in layout.states],
-        "guess": [int(group.is_guess) for group in layout.states],
-        "no_decay": [int(group.no_decay) for group in layout.states],
+        "lr_max": [each.max_lr for each in layout.states],
+        "guess": [int(each.is_guess) for each in layout.states],
+        "no_decay": [int(each.no_decay) for each in layout.states],
         "owed": [[each.log for each in row] for row in rows],
         "payments": [[each.applied for each in row] for row in rows],
         "rules": [[rule.group, rule.key] for rule in layout.rules],
