@@ -579,15 +579,14 @@ class _EndSearch:
 def _max_lrs(trainer: Any, optimizer: Any) -> list[float]:
     """Return the peak learning rates that the scheduler of ``optimizer`` knows."""
     for config in trainer.lr_scheduler_configs:
-        if getattr(config.scheduler, "optimizer", None) is optimizer:
+        if config.scheduler.optimizer is optimizer:
             return scheduler_max_lrs(config.scheduler)
     return []
 
 
 def _names(trainer: Any) -> list[list[str]]:
     """A name for each param group of each optimizer: LearningRateMonitor's, with wd for lr."""
-    configs = [it for it in trainer.lr_scheduler_configs if hasattr(it.scheduler, "optimizer")]
-    named = [(config.scheduler.optimizer, config.name) for config in configs]
+    named = [(config.scheduler.optimizer, config.name) for config in trainer.lr_scheduler_configs]
     scheduled = {id(optimizer) for optimizer, _ in named}
     unnamed = [(it, None) for it in trainer.optimizers if id(it) not in scheduled]
     seen: Counter[type] = Counter()
